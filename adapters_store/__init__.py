@@ -1,0 +1,1 @@
+"""Adapters as data: format and validation, catalog, objects, archives, tiers."""

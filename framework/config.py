@@ -1,0 +1,151 @@
+"""Options: one list for flags, ``TUNEFLEET_<OPTION>`` and keywords of ``Fleet(...)``.
+
+Precedence: flag > Fleet keyword > environment > App keyword > default. The environment is read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+from tunefleet.errors import ConfigError
+
+MIB = 1024 * 1024
+
+
+def _option(default: object, doc: str, *, at_least: float | None = None) -> typing.Any:
+    return dataclasses.field(default=default, metadata={"doc": doc, "at_least": at_least})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """All options of a deployment; each has a default. Sizes are bytes, times seconds."""
+
+    base_model: str = _option(
+        "quickstart",
+        "Hugging Face id, a folder, a .gguf file, or 'quickstart': SmolLM2-135M-Instruct from a package registry.",
+    )
+    base_revision: str | None = _option(None, "Revision of a Hugging Face id.")
+    devices: str = _option("auto", "auto, cpu, cuda, or cuda:0,1: one replica each.")
+    dtype: str = _option("auto", "auto, bfloat16, float16 or float32; auto is what the device multiplies fastest.")
+    store_url: str = _option("", "Where adapters live: file:///path (default ~/.local/share/tunefleet).")
+    database_url: str = _option("", "The catalog: sqlite:///path; by default beside a file store.")
+    cache_dir: str = _option("", "Prepared bases, disk tier, state of the host process (default ~/.cache/tunefleet).")
+    min_replicas: int = _option(0, "Replicas kept when idle.", at_least=0)
+    max_replicas: int = _option(0, "Most replicas; 0: one per device.", at_least=0)
+    idle_timeout_s: float = _option(10.0, "Time without work after which a replica stops.", at_least=0)
+    cold_start_timeout_s: float = _option(60.0, "Longest time a request is held for a replica.", at_least=0.1)
+    drain_timeout_s: float = _option(30.0, "Longest time a stopping replica may finish its requests.", at_least=0)
+    max_queue: int = _option(1024, "Requests that may wait on one replica.", at_least=1)
+    device_adapter_bytes: int = _option(1024 * MIB, "Device memory for adapters.", at_least=MIB)
+    max_active_adapters: int = _option(0, "Slots; 0: max_num_seqs.", at_least=0)
+    max_adapter_rank: int = _option(64, "Largest rank served.", at_least=1)
+    host_cache_bytes: int = _option(1024 * MIB, "Memory for prepared adapters, shared by all replicas.", at_least=MIB)
+    max_num_seqs: int = _option(32, "Sequences in one batch.", at_least=1)
+    max_model_len: int = _option(0, "Tokens of prompt and answer; 0: the base's, 2048 at most.", at_least=0)
+    threads_per_replica: int = _option(0, "CPU threads of one replica; 0: all cores shared evenly.", at_least=0)
+    fallback: Literal["none", "base"] = _option("none", "Who answers a user without an adapter: none (404) or base.")
+    max_upload_bytes: int = _option(512 * MIB, "Largest adapter upload.", at_least=1)
+    cors_origins: tuple[str, ...] = _option((), "Origins whose pages may call the API, or '*'.")
+    access_log: bool = _option(True, "Log a line per request.")
+    host: str = _option("127.0.0.1", "Address that `tunefleet serve` binds.")
+    port: int = _option(8000, "Port that `tunefleet serve` binds.", at_least=0)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            at_least = field.metadata["at_least"]
+            value = getattr(self, field.name)
+            if at_least is not None and not value >= at_least:
+                raise ConfigError(f"{field.name} must be at least {at_least:g}, not {value}", param=field.name)
+        self._check_choice("dtype", ("auto", "bfloat16", "float16", "float32"))
+        self._check_choice("fallback", ("none", "base"))
+        object.__setattr__(self, "cache_dir", str(Path(self.cache_dir or "~/.cache/tunefleet").expanduser().absolute()))
+        store = self.store_url or Path("~/.local/share/tunefleet").expanduser().absolute().as_uri()
+        object.__setattr__(self, "store_url", store)
+        object.__setattr__(self, "database_url", self.database_url or self._database_beside_store())
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}", param=name)
+
+    def _database_beside_store(self) -> str:
+        if not self.store_url.startswith("file://"):
+            raise ConfigError("database_url must be set when the store is not a folder", param="database_url")
+        return f"sqlite:///{store_folder(self.store_url)}/catalog.db"
+
+
+def store_folder(store_url: str) -> Path:
+    """The folder of a ``file://`` store URL."""
+    parts = urlsplit(store_url)
+    if parts.scheme != "file" or parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
+        raise ConfigError(f"store_url must look like file:///path, not {store_url!r}", param="store_url")
+    return Path(unquote(parts.path))
+
+
+def resolve(
+    flags: Mapping[str, object] | None = None,
+    keywords: Mapping[str, object] | None = None,
+    app: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Options:
+    """Merges all sources by precedence. Values that are None count as not given.
+
+    Raises:
+        ConfigError: an unknown option, or a value that doesn't parse.
+    """
+    merged: dict[str, object] = {}
+    for source in (app, _from_environment(os.environ if environ is None else environ), keywords, flags):
+        merged.update({name: value for name, value in (source or {}).items() if value is not None})
+    known = {field.name: field for field in dataclasses.fields(Options)}
+    unknown = sorted(merged.keys() - known.keys())
+    if unknown:
+        raise ConfigError(f"unknown option {unknown[0]!r}; the options are: {', '.join(known)}", param=unknown[0])
+    hints = typing.get_type_hints(Options)
+    return Options(**{name: _convert(name, hints[name], value) for name, value in merged.items()})  # type: ignore[arg-type]
+
+
+def runtime_dir(cache_dir: str) -> Path:
+    """A short private folder for the Unix sockets of one state folder (socket paths end at 107 bytes)."""
+    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    folder = parent / f"tunefleet-{os.getuid()}" / hashlib.sha256(cache_dir.encode()).hexdigest()[:12]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    names = {field.name for field in dataclasses.fields(Options)}
+    found = {name: environ.get(f"TUNEFLEET_{name.upper()}") for name in names}
+    return {name: value for name, value in found.items() if value}
+
+
+def _convert(name: str, hint: object, value: object) -> object:
+    """Text from flags and environment becomes the option's type; other values must have it already."""
+    try:
+        if hint is bool and isinstance(value, str):
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
+        if hint in (int, float) and not isinstance(value, bool):
+            return hint(value)  # type: ignore[operator]
+        if typing.get_origin(hint) is tuple:
+            items = value.split(",") if isinstance(value, str) else value
+            return tuple(str(item).strip() for item in items)  # type: ignore[attr-defined]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{name} can't be {value!r}", param=name) from error
+    expected = _plain_types(hint)
+    if expected and not isinstance(value, expected):
+        raise ConfigError(f"{name} can't be {value!r}", param=name)
+    return value
+
+
+def _plain_types(hint: object) -> tuple[type, ...]:
+    if isinstance(hint, types.UnionType):
+        return tuple(arg for arg in typing.get_args(hint) if isinstance(arg, type))
+    return (hint,) if isinstance(hint, type) else ()
+

@@ -1,0 +1,136 @@
+"""Frozen values that every layer shares. Imports nothing of ours but errors."""
+
+from __future__ import annotations
+
+import enum
+import re
+
+import msgspec
+
+from tunefleet.errors import RequestInvalid
+
+DEFAULT_TENANT = "default"
+DEFAULT_ADAPTER = "default"
+
+_USER_ID = re.compile(r"[A-Za-z0-9._~@:+=|\-]{1,128}")
+_ADAPTER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+def check_user_id(user_id: str) -> str:
+    """Returns ``user_id`` unchanged, or raises RequestInvalid (code ``invalid_user_id``)."""
+    if _USER_ID.fullmatch(user_id) and user_id not in {".", ".."}:
+        return user_id
+    raise RequestInvalid(
+        "user_id must be 1 to 128 of A-Z a-z 0-9 . _ ~ @ : + = | - and not '.' or '..'",
+        code="invalid_user_id",
+        param="user_id",
+    )
+
+
+def check_adapter_name(name: str) -> str:
+    """Returns ``name`` unchanged, or raises RequestInvalid (code ``invalid_adapter_name``)."""
+    if _ADAPTER_NAME.fullmatch(name):
+        return name
+    raise RequestInvalid(
+        "an adapter's name must match [a-z0-9][a-z0-9_-]{0,63}", code="invalid_adapter_name", param="name"
+    )
+
+
+class LinearSpec(msgspec.Struct, frozen=True):
+    """One linear layer of the base that an adapter may target.
+
+    ``fan_in_fan_out`` is True where the base stores the weight as [in, out] (GPT-2's Conv1D).
+    """
+
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool = False
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a base model without loading it; ``manifest.json`` of a prepared base."""
+
+    base_id: str  # "<name>@<first 12 hex of weights_sha256>": the catalog's key for adapters of this base
+    name: str  # what people call it, e.g. "SmolLM2-135M-Instruct"
+    architecture: str  # transformers class, e.g. "LlamaForCausalLM"
+    dtype: str  # of the prepared weights: float32, bfloat16 or float16
+    weights_sha256: str  # of the source weights, independent of dtype
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    max_model_len: int  # tokens
+    eos_token_ids: tuple[int, ...]
+    linears: dict[str, LinearSpec]  # module path, e.g. "model.layers.0.self_attn.q_proj"
+    probe_max_diff: float  # largest logit difference to plain transformers, fp32
+
+
+class AdapterRef(msgspec.Struct, frozen=True):
+    """All that the machine's side needs to fetch one adapter; the digest is its identity."""
+
+    digest: str  # 64 hex
+    tenant: str
+    key: str  # prefix of its two objects in the store
+    weights_sha256: str
+    size_bytes: int
+    rank: int  # largest over its modules
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0  # the token at index i depends on (seed, i) and the logits only
+    ignore_eos: bool = False
+
+
+class FinishReason(str, enum.Enum):
+    STOP = "stop"  # end-of-sequence token or a stop string
+    LENGTH = "length"  # max_tokens, or the context is full
+    ERROR = "error"
+    CANCELLED = "cancelled"
+
+
+class ColdStart(str, enum.Enum):
+    NONE = "none"  # a READY replica had the adapter in a slot
+    ADAPTER = "adapter"  # the adapter was not in a slot
+    BASE = "base"  # no replica was READY
+
+
+class ReplicaState(str, enum.Enum):
+    """A replica's life; only runtime.host changes it."""
+
+    NEW = "new"  # asked for, no process yet
+    STARTING = "starting"  # the process exists and maps the base
+    READY = "ready"  # takes requests
+    DRAINING = "draining"  # finishes what it has, takes nothing new
+    STOPPED = "stopped"  # the process is gone, on purpose
+    FAILED = "failed"  # the process is gone, not on purpose
+
+
+class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What routers and ``/v1/replicas`` see of one replica."""
+
+    replica_id: str
+    state: ReplicaState
+    address: str  # Unix socket path; empty before READY
+    device: str
+    pid: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_steps: int = 0
+    digests: tuple[str, ...] = ()  # adapters in slots
+    started_at: float = 0.0  # unix seconds
+    stages: dict[str, float] = {}  # seconds of each stage of its start
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens

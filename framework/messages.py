@@ -1,0 +1,226 @@
+"""The whole protocol between routers, host process, parked process and replicas.
+
+Each message is a small frozen struct, sent as length-prefixed msgpack (``runtime.wire``). One union per direction.
+Nothing here is ever pickled.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from tunefleet.core import AdapterRef, FinishReason, ReplicaInfo, SamplingParams
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+    """Root of all messages."""
+
+
+class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What defines a machine's host process: routers that join must bring the same."""
+
+    base_dir: str  # prepared base
+    store_url: str
+    cache_dir: str
+    devices: tuple[str, ...]
+    min_replicas: int
+    max_replicas: int
+    idle_timeout_s: float
+    drain_timeout_s: float
+    cold_start_timeout_s: float
+    max_active_adapters: int
+    max_adapter_rank: int
+    device_adapter_bytes: int
+    host_cache_bytes: int
+    max_num_seqs: int
+    max_queue: int
+    max_model_len: int
+    threads_per_replica: int
+
+
+# router -> host process
+class Hello(Message):
+    options: HostOptions
+
+
+class Wake(Message):
+    """A request waits: have a replica READY. Answered by Replicas (watch) or WakeFailed."""
+
+    request_id: str
+
+
+class Forget(Message):
+    """Drop every copy of an adapter on this machine (it was deleted)."""
+
+    digest: str
+
+
+class StatusRequest(Message):
+    pass
+
+
+# host process -> router
+class Welcome(Message):
+    pid: int
+    parked_pid: int
+    replicas: tuple[ReplicaInfo, ...]
+
+
+class Refused(Message):
+    """The host process can't serve this router: other options, or a start that failed."""
+
+    message: str
+
+
+class Replicas(Message):
+    """The current replicas, pushed on every change."""
+
+    replicas: tuple[ReplicaInfo, ...]
+
+
+class WakeFailed(Message):
+    request_id: str
+    message: str
+    retry_after_s: float
+
+
+class Status(Message):
+    pid: int
+    parked_pid: int
+    replicas: tuple[ReplicaInfo, ...]
+    pss_bytes: dict[str, int]  # proportional memory of host and parked process
+    host_tier: dict[str, int]  # digest -> bytes
+    last_error: str = ""
+
+
+# router -> replica
+class Submit(Message):
+    """One sequence to run. ``generated`` holds tokens that an earlier replica already made (sent on already)."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: AdapterRef | None = None
+    generated: tuple[int, ...] = ()
+
+
+class Cancel(Message):
+    request_id: str
+
+
+# replica -> router
+class Timing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Seconds per stage, from one monotonic clock, sent with a sequence's first token."""
+
+    queue_s: float = 0.0
+    download_s: float = 0.0
+    load_s: float = 0.0
+    activate_s: float = 0.0
+    prefill_s: float = 0.0
+    adapter_cold: bool = False  # the adapter was not in a slot when the request came
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step did for one sequence."""
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    timing: Timing | None = None
+    batch_size: int = 0  # sequences in that step
+    num_adapters: int = 0  # distinct adapters in that step
+    error: str = ""
+    error_code: str = ""
+    retry_after_s: float = 0.0
+
+
+class Step(Message):
+    """All news of one step for one router."""
+
+    items: tuple[Progress, ...]
+
+
+class Rejected(Message):
+    """The replica takes nothing new (it drains): place the request elsewhere."""
+
+    request_id: str
+
+
+# replica -> host process
+class ReplicaHello(Message):
+    replica_id: str
+    pid: int
+
+
+class ReplicaReady(Message):
+    address: str
+    stages: dict[str, float]
+
+
+class ReplicaLoad(Message):
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    digests: tuple[str, ...]
+
+
+class FetchAdapter(Message):
+    adapter: AdapterRef
+
+
+# host process -> replica
+class Drain(Message):
+    timeout_s: float
+
+
+class AdapterReady(Message):
+    """The prepared file of an adapter, safe to map until Evict."""
+
+    digest: str
+    path: str
+    download_s: float
+    load_s: float
+
+
+class AdapterUnavailable(Message):
+    digest: str
+    message: str
+    code: str
+    retry_after_s: float
+
+
+class Evict(Message):
+    digest: str
+
+
+# host process <-> parked process
+class Fork(Message):
+    replica_id: str
+    device: str
+
+
+class Forked(Message):
+    replica_id: str
+    pid: int
+
+
+class Reaped(Message):
+    replica_id: str
+    pid: int
+    exit_code: int  # negative: the signal that ended it
+
+
+class Parked(Message):
+    """The parked process is ready to fork."""
+
+    pid: int
+    stages: dict[str, float]
+
+
+RouterToHost = Hello | Wake | Forget | StatusRequest
+HostToRouter = Welcome | Refused | Replicas | WakeFailed | Status
+RouterToReplica = Submit | Cancel
+ReplicaToRouter = Step | Rejected
+ReplicaToHost = ReplicaHello | ReplicaReady | ReplicaLoad | FetchAdapter
+HostToReplica = Drain | AdapterReady | AdapterUnavailable | Evict
+HostToParked = Fork
+ParkedToHost = Parked | Forked | Reaped

@@ -1,0 +1,83 @@
+"""A machine without a machine: tokens from a function. Ships, so that apps can test against it too."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from tunefleet.core import FinishReason
+from tunefleet.messages import Progress, Status, Submit, Timing
+
+Answer = Callable[[Submit], Sequence[int]]
+
+
+class FakeRun:
+    def __init__(self, dispatcher: FakeDispatcher, work: Submit) -> None:
+        self.wake_s = 0.0
+        self.cold_base = False
+        self.replica_id = "fake"
+        self._dispatcher = dispatcher
+        self._work = work
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        work = self._work
+        if self._dispatcher.error is not None:
+            raise self._dispatcher.error
+        self._dispatcher.running.add(work.request_id)
+        try:
+            tokens = list(self._dispatcher.answer(work))[: work.sampling.max_tokens]
+            for index, token in enumerate(tokens):
+                await self._dispatcher.step()
+                yield Progress(
+                    request_id=work.request_id, tokens=(token,), timing=Timing() if index == 0 else None, batch_size=1
+                )
+            full = len(tokens) == work.sampling.max_tokens
+            reason = FinishReason.LENGTH if full else FinishReason.STOP
+            yield Progress(request_id=work.request_id, finish_reason=reason)
+        finally:
+            self._dispatcher.running.discard(work.request_id)
+
+    async def aclose(self) -> None:
+        self._dispatcher.cancelled.append(self._work.request_id)
+        self._dispatcher.running.discard(self._work.request_id)
+
+
+class FakeDispatcher:
+    """Answers with ``answer(work)``, a token per step.
+
+    Attributes:
+        error: raised instead of an answer, when set.
+        gate: when set, each token waits for ``gate.release()``.
+        submitted, cancelled, running: what was asked of it.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.error: Exception | None = None
+        self.gate: asyncio.Semaphore | None = None
+        self.submitted: list[Submit] = []
+        self.cancelled: list[str] = []
+        self.forgotten: list[str] = []
+        self.running: set[str] = set()
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def step(self) -> None:
+        if self.gate is not None:
+            await self.gate.acquire()
+        await asyncio.sleep(0)
+
+    def submit(self, work: Submit) -> FakeRun:
+        self.submitted.append(work)
+        return FakeRun(self, work)
+
+    async def warmup(self) -> float:
+        return 0.0
+
+    async def forget(self, digest: str) -> None:
+        self.forgotten.append(digest)
+
+    async def status(self) -> Status:
+        return Status(pid=0, parked_pid=0, replicas=(), pss_bytes={}, host_tier={})
