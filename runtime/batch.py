@@ -1,0 +1,105 @@
+"""Running one batch: flat tokens, their places, one forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tunefleet.runtime.attention import DecodeGroup, PrefillSegment, StepContext, step_context
+from tunefleet.runtime.kv import KvRows
+from tunefleet.runtime.lora import Banks, LoraPlan, lora_plan, plan_adapters
+from tunefleet.runtime.rows import Row, RowTable
+from tunefleet.runtime.scheduler import Batch, Scheduled
+
+
+class Runner:
+    """The model with its KV tensors; turns a batch into logits."""
+
+    def __init__(
+        self, model: nn.Module, kv: KvRows, rows: RowTable, banks: Banks, device: torch.device
+    ) -> None:
+        self._model = model
+        self._kv = kv
+        self._rows = rows
+        self._banks = banks
+        self._device = device
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Logits ``[num_sampled, vocab]`` of the sequences that sample, in the batch's order."""
+        self._kv.move(batch.moves)
+        places = _places(batch.scheduled)
+        input_ids: list[int] = []
+        positions: list[int] = []
+        for entry in batch.scheduled:
+            start = entry.sequence.num_computed
+            end = start + entry.num_tokens
+            input_ids += entry.sequence.tokens[start:end]
+            positions += range(start, end)
+        last = [
+            place + entry.num_tokens - 1 for place, entry in zip(places, batch.scheduled, strict=True) if entry.samples
+        ]
+        context = self._context(batch.scheduled, places)
+        with step_context(context), lora_plan(self._adapters(batch.scheduled, places)):
+            output = self._model(
+                input_ids=self._tensor(input_ids).unsqueeze(0),
+                position_ids=self._tensor(positions).unsqueeze(0),
+                attention_mask=torch.ones(1, len(input_ids), dtype=torch.long, device=self._device),
+                use_cache=False,
+                logits_to_keep=self._tensor(last or [0]),
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits if last else logits[:0]
+
+    def wipe(self, row: Row) -> None:
+        self._kv.wipe(row, {length: self._rows.num_rows(length) for length in self._rows.lengths})
+
+    def _context(self, scheduled: list[Scheduled], places: list[int]) -> StepContext:
+        decodes: dict[int, list[tuple[int, Row, int]]] = {}
+        prefills = []
+        for place, entry in zip(places, scheduled, strict=True):
+            row = self._rows.row_of(entry.sequence.request_id)
+            start = entry.sequence.num_computed
+            if entry.num_tokens == 1:
+                decodes.setdefault(row.length, []).append((place, row, start))
+            else:
+                prefills.append(PrefillSegment(row, place, start, entry.num_tokens))
+        for length in {*decodes, *(segment.row.length for segment in prefills)}:
+            self._kv.reserve(length, self._rows.num_rows(length))
+        return StepContext(self._kv, [self._group(length, rows) for length, rows in decodes.items()], prefills)
+
+    def _group(self, length: int, decoding: list[tuple[int, Row, int]]) -> DecodeGroup:
+        num_rows = self._rows.num_rows(length)
+        all_positions = [0] * num_rows
+        for _, row, position in decoding:
+            all_positions[row.index] = position
+        return DecodeGroup(
+            length=length,
+            num_rows=num_rows,
+            num_keys=max(all_positions) + 1,
+            flat=self._tensor([place for place, _, _ in decoding]),
+            rows=self._tensor([row.index for _, row, _ in decoding]),
+            positions=self._tensor([position for _, _, position in decoding]),
+            all_positions=self._tensor(all_positions).unsqueeze(1),
+        )
+
+    def _adapters(self, scheduled: list[Scheduled], places: list[int]) -> LoraPlan | None:
+        tokens = [
+            (entry.slot, place, entry.num_tokens)
+            for place, entry in zip(places, scheduled, strict=True)
+            if entry.slot is not None
+        ]
+        return plan_adapters(tokens, self._banks, self._device)
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _places(scheduled: list[Scheduled]) -> list[int]:
+    """Where each sequence's tokens begin in the flat batch."""
+    places = []
+    place = 0
+    for entry in scheduled:
+        places.append(place)
+        place += entry.num_tokens
+    return places
