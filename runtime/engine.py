@@ -77,6 +77,7 @@ class Engine:
             eos_token_ids=frozenset(manifest.eos_token_ids),
         )
         self.num_steps = 0
+        self.last_logits: torch.Tensor | None = None  # [sampled, vocab] of the last step
         self._limits = limits
         self._vocab_size = manifest.vocab_size
         self._linears = manifest.linears
@@ -172,7 +173,7 @@ class Engine:
 
     def _run(self, batch: Batch) -> None:
         self.num_steps += 1
-        logits = self._runner.run(batch)
+        logits = self.last_logits = self._runner.run(batch)
         sampling = [entry.sequence for entry in batch.scheduled if entry.samples]
         if sampling:
             result = sample(logits, [s.sampling for s in sampling], [s.num_generated for s in sampling])

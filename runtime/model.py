@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import msgspec
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tunefleet.core import Manifest
 from tunefleet.errors import BaseModelError
 from tunefleet.runtime import attention
+from tunefleet.runtime.base import read_manifest
 
 WEIGHTS_FILE = "model.safetensors"
 ALIASES_FILE = "aliases.json"  # tensors that are another one under a second name (tied embeddings)
@@ -37,15 +36,6 @@ def load_model(base_dir: Path) -> nn.Module:
     _assign(model, base_dir)
     model.requires_grad_(requires_grad=False)
     return model.eval()
-
-
-def read_manifest(base_dir: Path) -> Manifest:
-    try:
-        return msgspec.json.decode((base_dir / "manifest.json").read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError) as error:
-        raise BaseModelError(
-            f"{base_dir} holds no prepared base model; run `tunefleet base prepare` again"
-        ) from error
 
 
 def save_model(model: nn.Module, out: Path) -> None:
