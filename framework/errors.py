@@ -62,7 +62,15 @@ class AdapterError(TunefleetError):
 
 
 class AdapterNotFound(AdapterError):
+    """``fallback`` is the user's own setting (``none``, ``base``), if there is such a user and it is set."""
+
     default_code = "adapter_not_found"
+
+    def __init__(
+        self, message: str, *, code: str | None = None, param: str | None = None, fallback: str | None = None
+    ) -> None:
+        super().__init__(message, code=code, param=param)
+        self.fallback = fallback
 
 
 class AdapterInvalid(AdapterError):

@@ -1,0 +1,423 @@
+"""The catalog: who has which adapters, which version is live. SQL decides; objects are dumb.
+
+Synchronous; safe to call from several threads and several processes. Each method is one transaction. On
+SQLite, writers take the lock at once (``BEGIN IMMEDIATE``: the default mode loses updates), and a commit is
+on the disk when it returns (``synchronous=FULL``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import Connection, Engine, Row, Select, bindparam, create_engine, event, func, select
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from tunefleet.adapters_store import schema
+from tunefleet.adapters_store.schema import adapters, live_history, tenants, users, versions
+from tunefleet.core import AdapterRef
+from tunefleet.errors import AdapterConflict, AdapterNotFound, ConfigError, StoreError
+
+NUM_CONNECTIONS = 16
+BUSY_TIMEOUT_MS = 10_000
+
+
+class AdapterName(NamedTuple):
+    """What an adapter is called: one adapter per tenant, user, name and base."""
+
+    tenant: str
+    user_id: str
+    name: str
+    base: str
+
+
+class NewVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """An upload whose objects are stored."""
+
+    digest: str
+    object_key: str
+    config_sha256: str
+    weights_sha256: str
+    size_bytes: int
+    rank: int
+    target_modules: tuple[str, ...]
+    warnings: tuple[str, ...]
+    metadata: dict[str, object]
+
+
+class VersionRecord(NewVersion, frozen=True, kw_only=True):
+    """A version as the catalog knows it."""
+
+    version: int
+    live: bool
+    created_at: str
+
+
+class Added(NamedTuple):
+    record: VersionRecord
+    created: bool  # False: the newest version has this digest already, nothing changed
+
+
+class LiveAdapter(NamedTuple):
+    """The answer to a request's question."""
+
+    ref: AdapterRef
+    version: int
+    fallback: str | None  # the user's own setting
+
+
+class UserRecord(NamedTuple):
+    user_id: str
+    num_adapters: int
+    created_at: str
+
+
+class Catalog:
+    """Lives as long as its process serves; ``close`` gives the connections back."""
+
+    def __init__(self, database_url: str, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        url = _checked_url(database_url)
+        self._now = now
+        self._engine = _engine(url)
+        self._writer = self._engine.execution_options(write=True)
+        with _store_errors():
+            _create_tables(self._engine, Path(str(url.database)))
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def add_version(self, adapter: AdapterName, new: NewVersion, *, promote: bool) -> Added:
+        """Records an upload as the next version, unless the newest version has the same digest."""
+        with self._write() as connection:
+            row = self._adapter_row(connection, adapter)
+            newest = _newest(connection, row.adapter_id)
+            if newest is not None and newest.digest == new.digest:
+                return Added(_record(newest, row.live_version), created=False)
+            number = row.last_version + 1
+            fields = msgspec.structs.asdict(new)
+            created_at = self._timestamp()
+            connection.execute(
+                versions.insert().values(
+                    adapter_id=row.adapter_id, version=number, created_at=created_at, **fields
+                )
+            )
+            connection.execute(
+                adapters.update().where(adapters.c.adapter_id == row.adapter_id).values(last_version=number)
+            )
+            if promote:
+                self._set_live(connection, row.adapter_id, number)
+            record = VersionRecord(version=number, live=promote, created_at=created_at, **fields)
+            return Added(record, created=True)
+
+    def live(self, adapter: AdapterName) -> LiveAdapter:
+        """The live version: one SELECT by unique indexes, on every request's path.
+
+        Raises:
+            AdapterNotFound: ``fallback`` holds the user's own setting, if there is such a user.
+        """
+        return self._find(adapter, _LIVE, {})
+
+    def numbered(self, adapter: AdapterName, version: int) -> LiveAdapter:
+        """As ``live``, for a version asked for by number."""
+        return self._find(adapter, _NUMBERED, {"version": version})
+
+    def version(self, adapter: AdapterName, version: int) -> VersionRecord:
+        with self._read() as connection:
+            return _version(connection, adapter, version)
+
+    def newest(self, adapter: AdapterName) -> VersionRecord | None:
+        """The version with the highest number, or None."""
+        with self._read() as connection:
+            rows = connection.execute(_records(adapter).limit(1)).all()
+            return _record(rows[0], rows[0].live_version) if rows else None
+
+    def versions(self, adapter: AdapterName, *, after: int | None, limit: int) -> list[VersionRecord]:
+        """Newest first; ``after`` is the last number of the page before."""
+        query = _records(adapter).limit(limit)
+        if after is not None:
+            query = query.where(versions.c.version < after)
+        with self._read() as connection:
+            return [_record(row, row.live_version) for row in connection.execute(query)]
+
+    def users(self, tenant: str, *, after: str | None, limit: int) -> list[UserRecord]:
+        """By user id; ``after`` is the last id of the page before."""
+        query = _users(tenant).order_by(users.c.user_id).limit(limit)
+        if after is not None:
+            query = query.where(users.c.user_id > after)
+        with self._read() as connection:
+            return [UserRecord(*row) for row in connection.execute(query)]
+
+    def user(self, tenant: str, user_id: str) -> UserRecord:
+        with self._read() as connection:
+            row = connection.execute(_users(tenant).where(users.c.user_id == user_id)).one_or_none()
+        if row is None:
+            raise AdapterNotFound(f"there is no user {user_id!r}", code="user_not_found", param="user_id")
+        return UserRecord(*row)
+
+    def promote(self, adapter: AdapterName, version: int, *, if_live: int | None = None) -> VersionRecord:
+        """Makes a version live, in one commit with its history.
+
+        Raises:
+            AdapterNotFound: no such version.
+            AdapterConflict: ``if_live`` was given and another version is live.
+        """
+        with self._write() as connection:
+            found = _version(connection, adapter, version)
+            row = connection.execute(_adapter(adapter)).one()
+            if if_live is not None and row.live_version != if_live:
+                raise AdapterConflict(
+                    f"version {row.live_version} of {adapter.user_id!r} is live, not {if_live}: "
+                    "look again, then retry",
+                    code="live_version_changed",
+                    param="if_live",
+                )
+            if not found.live:
+                self._set_live(connection, row.adapter_id, version)
+            return msgspec.structs.replace(found, live=True)
+
+    def _set_live(self, connection: Connection, adapter_id: int, version: int) -> None:
+        connection.execute(
+            adapters.update().where(adapters.c.adapter_id == adapter_id).values(live_version=version)
+        )
+        connection.execute(
+            live_history.insert().values(adapter_id=adapter_id, version=version, created_at=self._timestamp())
+        )
+
+    def _adapter_row(self, connection: Connection, adapter: AdapterName) -> Row[Any]:
+        """The adapter's row, made with its user and tenant if this is the first upload."""
+        row = connection.execute(_adapter(adapter)).one_or_none()
+        if row is not None:
+            return row
+        created_at = self._timestamp()
+        if (
+            connection.execute(select(tenants).where(tenants.c.tenant == adapter.tenant)).one_or_none()
+            is None
+        ):
+            connection.execute(tenants.insert().values(tenant=adapter.tenant, created_at=created_at))
+        if connection.execute(_user(adapter)).one_or_none() is None:
+            connection.execute(
+                users.insert().values(
+                    tenant=adapter.tenant,
+                    user_id=adapter.user_id,
+                    limits={},
+                    metadata={},
+                    created_at=created_at,
+                )
+            )
+        connection.execute(
+            adapters.insert().values(**adapter._asdict(), last_version=0, created_at=created_at)
+        )
+        return connection.execute(_adapter(adapter)).one()
+
+    def _find(self, adapter: AdapterName, query: Select[Any], extra: dict[str, object]) -> LiveAdapter:
+        with self._read() as connection:
+            row = connection.execute(query, {**adapter._asdict(), **extra}).one_or_none()
+        if row is None or row.digest is None:
+            raise _not_found(adapter, extra.get("version"), row)
+        ref = AdapterRef(
+            digest=row.digest,
+            tenant=adapter.tenant,
+            key=row.object_key,
+            weights_sha256=row.weights_sha256,
+            size_bytes=row.size_bytes,
+            rank=row.rank,
+        )
+        return LiveAdapter(ref, row.version, row.fallback)
+
+    def _timestamp(self) -> str:
+        return self._now().astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with _store_errors(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        with _store_errors(), self._writer.begin() as connection:
+            yield connection
+
+
+def _lookup(on_version: Any) -> Select[Any]:
+    """User, then adapter, then version, each by its unique index; columns of missing ones are NULL."""
+    return (
+        select(
+            users.c.fallback,
+            adapters.c.last_version,
+            versions.c.version,
+            versions.c.digest,
+            versions.c.object_key,
+            versions.c.weights_sha256,
+            versions.c.size_bytes,
+            versions.c.rank,
+        )
+        .select_from(users)
+        .outerjoin(
+            adapters,
+            (adapters.c.tenant == users.c.tenant)
+            & (adapters.c.user_id == users.c.user_id)
+            & (adapters.c.name == bindparam("name"))
+            & (adapters.c.base == bindparam("base")),
+        )
+        .outerjoin(
+            versions, (versions.c.adapter_id == adapters.c.adapter_id) & (versions.c.version == on_version)
+        )
+        .where(users.c.tenant == bindparam("tenant"), users.c.user_id == bindparam("user_id"))
+    )
+
+
+_LIVE = _lookup(adapters.c.live_version)
+_NUMBERED = _lookup(bindparam("version"))
+
+
+def _adapter(adapter: AdapterName) -> Select[Any]:
+    return select(adapters).where(
+        adapters.c.tenant == adapter.tenant,
+        adapters.c.user_id == adapter.user_id,
+        adapters.c.name == adapter.name,
+        adapters.c.base == adapter.base,
+    )
+
+
+def _user(adapter: AdapterName) -> Select[Any]:
+    return select(users.c.user_id).where(users.c.tenant == adapter.tenant, users.c.user_id == adapter.user_id)
+
+
+def _users(tenant: str) -> Select[Any]:
+    num_adapters = (
+        select(func.count())
+        .where(adapters.c.tenant == users.c.tenant, adapters.c.user_id == users.c.user_id)
+        .scalar_subquery()
+    )
+    return select(users.c.user_id, num_adapters, users.c.created_at).where(users.c.tenant == tenant)
+
+
+def _records(adapter: AdapterName) -> Select[Any]:
+    """Versions of one adapter with what is live, newest first."""
+    return (
+        select(versions, adapters.c.live_version)
+        .join(adapters, adapters.c.adapter_id == versions.c.adapter_id)
+        .where(
+            adapters.c.tenant == adapter.tenant,
+            adapters.c.user_id == adapter.user_id,
+            adapters.c.name == adapter.name,
+            adapters.c.base == adapter.base,
+        )
+        .order_by(versions.c.version.desc())
+    )
+
+
+def _version(connection: Connection, adapter: AdapterName, version: int) -> VersionRecord:
+    row = connection.execute(_records(adapter).where(versions.c.version == version)).one_or_none()
+    if row is None:
+        raise _not_found(adapter, version, None)
+    return _record(row, row.live_version)
+
+
+def _newest(connection: Connection, adapter_id: int) -> Row[Any] | None:
+    query = (
+        select(versions)
+        .where(versions.c.adapter_id == adapter_id)
+        .order_by(versions.c.version.desc())
+        .limit(1)
+    )
+    return connection.execute(query).one_or_none()
+
+
+def _record(row: Row[Any], live_version: int | None) -> VersionRecord:
+    return VersionRecord(
+        digest=row.digest,
+        object_key=row.object_key,
+        config_sha256=row.config_sha256,
+        weights_sha256=row.weights_sha256,
+        size_bytes=row.size_bytes,
+        rank=row.rank,
+        target_modules=tuple(row.target_modules),
+        warnings=tuple(row.warnings),
+        metadata=row.metadata,
+        version=row.version,
+        live=row.version == live_version,
+        created_at=row.created_at,
+    )
+
+
+def _not_found(adapter: AdapterName, version: object, row: Row[Any] | None) -> AdapterNotFound:
+    whose = f"user {adapter.user_id!r}" + (
+        f" (adapter {adapter.name!r})" if adapter.name != "default" else ""
+    )
+    if version is not None:
+        problem = f"{whose} has no version {version} for base {adapter.base}"
+    elif row is not None and row.last_version:
+        problem = f"{whose} has uploads but none is live: promote one with `tunefleet adapters promote`"
+    else:
+        problem = (
+            f"{whose} has no adapter for base {adapter.base}: upload one with "
+            f"`tunefleet adapters push {adapter.user_id} DIR` or PUT /v1/users/{adapter.user_id}/adapter"
+        )
+    return AdapterNotFound(problem, param="user_id", fallback=row.fallback if row is not None else None)
+
+
+def _checked_url(database_url: str) -> URL:
+    try:
+        url = make_url(database_url)
+    except ArgumentError as error:
+        raise ConfigError("database_url must look like sqlite:///path", param="database_url") from error
+    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+        raise ConfigError("database_url must be a file of SQLite: sqlite:///path", param="database_url")
+    return url
+
+
+def _engine(url: URL) -> Engine:
+    engine = create_engine(url, pool_size=NUM_CONNECTIONS, max_overflow=0)
+    event.listen(engine, "connect", _on_connect)
+    event.listen(engine, "begin", _on_begin)
+    return engine
+
+
+def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN comes too late
+    for pragma in (
+        f"busy_timeout={BUSY_TIMEOUT_MS}",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _on_begin(connection: Connection) -> None:
+    is_write = connection.get_execution_options().get("write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+
+
+def _create_tables(engine: Engine, database: Path) -> None:
+    """Under a lock of its own: two processes that switch a file to WAL at once fail, they don't wait."""
+    database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(f"{database}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with engine.execution_options(write=True).begin() as connection:
+            schema.metadata.create_all(connection)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        raise StoreError(f"the catalog can't be used: {cause}", code="catalog_unavailable") from error
+    except OSError as error:
+        raise StoreError(
+            f"the catalog can't be used: {error.strerror}", code="catalog_unavailable"
+        ) from error

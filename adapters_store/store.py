@@ -1,0 +1,410 @@
+"""The adapters of a deployment, as routers use them: push, resolve, look, promote, download.
+
+A push copies the folder to a private place, checks that copy, stores it under a key of its own and commits it
+to the catalog. The commit is what makes it exist: anything before leaves garbage at most, which a failed push
+removes itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from tunefleet.adapters_store.catalog import AdapterName, Catalog, NewVersion, UserRecord, VersionRecord
+from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES
+from tunefleet.adapters_store.objects import ObjectStore, new_upload_id, object_prefix, open_store
+from tunefleet.adapters_store.validation import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckedAdapter,
+    check_adapter,
+    check_present,
+)
+from tunefleet.config import Options
+from tunefleet.core import (
+    DEFAULT_ADAPTER,
+    DEFAULT_TENANT,
+    AdapterRef,
+    Manifest,
+    check_adapter_name,
+    check_user_id,
+)
+from tunefleet.errors import AdapterInvalid, AdapterNotFound, RequestInvalid, StoreError
+
+MAX_METADATA_BYTES = 4096
+MAX_PAGE = 1000
+NUM_LOOKUPS = 8  # threads for the catalog: a request waits for these
+NUM_TRANSFERS = 4  # threads for uploads and downloads, which may take long
+CHUNK_BYTES = 256 * 1024
+_STALE_S = 24 * 3600.0
+
+T = TypeVar("T")
+UserRow = UserRecord
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """One upload, as the HTTP contract shows it."""
+
+    user_id: str
+    name: str
+    version: int
+    digest: str
+    base: str
+    size_bytes: int
+    rank: int
+    target_modules: tuple[str, ...]
+    live: bool
+    metadata: dict[str, object]
+    warnings: tuple[str, ...]
+    created_at: str  # RFC 3339, UTC
+
+
+class Pushed(NamedTuple):
+    version: Version
+    created: bool  # False: these bytes were the newest version already
+
+
+class Resolved(NamedTuple):
+    """What a request needs: the adapter, its version number, and the user's own fallback setting."""
+
+    ref: AdapterRef
+    version: int
+    fallback: str | None
+
+
+class StoredFile:
+    """A file of a version, streamed as it was uploaded.
+
+    Iterate once, or ``aclose``. Bytes are hashed on the way: if the store's copy is not what was uploaded,
+    StoreError comes instead of the last chunk, so nobody ever holds a complete wrong file.
+    """
+
+    def __init__(self, stream: BinaryIO, size_bytes: int, sha256: str, run: Runner) -> None:
+        self.size_bytes = size_bytes
+        self.sha256 = sha256
+        self._stream = stream
+        self._run = run
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        hasher = hashlib.sha256()
+        try:
+            chunk = await self._run(lambda: self._stream.read(CHUNK_BYTES))
+            while chunk:
+                hasher.update(chunk)
+                following = await self._run(lambda: self._stream.read(CHUNK_BYTES))
+                if not following and hasher.hexdigest() != self.sha256:
+                    raise StoreError("the stored file is not what was uploaded", code="object_corrupt")
+                yield chunk
+                chunk = following
+        finally:
+            self._stream.close()
+
+    async def aclose(self) -> None:
+        self._stream.close()
+
+
+class Runner:
+    """Runs blocking work in threads, at most so many at once."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._limiter = anyio.CapacityLimiter(num_threads)
+
+    async def __call__(self, work: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+
+
+class AdapterStore:
+    """Objects and catalog together. Open one per process; ``close`` it when the process stops serving."""
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        catalog: Catalog,
+        manifest: Manifest,
+        *,
+        staging: Path,
+        max_rank: int,
+        max_upload_bytes: int,
+    ) -> None:
+        self._objects = objects
+        self._catalog = catalog
+        self._manifest = manifest
+        self._staging = staging
+        self._max_rank = max_rank
+        self._max_upload_bytes = max_upload_bytes
+        self._lookup = Runner(NUM_LOOKUPS)
+        self._transfer = Runner(NUM_TRANSFERS)
+        staging.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_stale(staging)
+
+    @classmethod
+    def open(cls, options: Options, manifest: Manifest) -> AdapterStore:
+        """The store that the options describe, for adapters of one base."""
+        return cls(
+            open_store(options.store_url),
+            Catalog(options.database_url),
+            manifest,
+            staging=Path(options.cache_dir) / "staging",
+            max_rank=options.max_adapter_rank,
+            max_upload_bytes=options.max_upload_bytes,
+        )
+
+    @property
+    def objects(self) -> ObjectStore:
+        return self._objects
+
+    async def close(self) -> None:
+        await self._lookup(self._catalog.close)
+        await self._lookup(self._objects.close)
+
+    async def push(
+        self,
+        user_id: str,
+        folder: Path,
+        *,
+        name: str = DEFAULT_ADAPTER,
+        tenant: str = DEFAULT_TENANT,
+        promote: bool = True,
+        metadata: dict[str, object] | None = None,
+    ) -> Pushed:
+        """Uploads the PEFT folder as the user's next version.
+
+        A push that has begun runs to its end even if the caller is cancelled.
+
+        Raises:
+            AdapterInvalid: what is wrong with the upload.
+            RequestInvalid: a user id, name or metadata that isn't allowed.
+            StoreError: it could not be stored; nothing of it is visible.
+        """
+        adapter = self._adapter(user_id, name, tenant)
+        checked_metadata = check_metadata(metadata or {})
+        return await self._transfer(lambda: self._push(adapter, folder, checked_metadata, promote=promote))
+
+    async def resolve(
+        self,
+        user_id: str,
+        *,
+        name: str = DEFAULT_ADAPTER,
+        tenant: str = DEFAULT_TENANT,
+        version: int | None = None,
+    ) -> Resolved:
+        """The live adapter of a user, or the version asked for.
+
+        Raises:
+            AdapterNotFound: nothing to answer with; its ``fallback`` is the user's own setting.
+        """
+        adapter = self._adapter(user_id, name, tenant)
+        if version is None:
+            return Resolved(*await self._lookup(lambda: self._catalog.live(adapter)))
+        number = _check_number(version)
+        return Resolved(*await self._lookup(lambda: self._catalog.numbered(adapter, number)))
+
+    async def versions(
+        self,
+        user_id: str,
+        *,
+        name: str = DEFAULT_ADAPTER,
+        tenant: str = DEFAULT_TENANT,
+        after: int | None = None,
+        limit: int = 100,
+    ) -> list[Version]:
+        """Newest first; ``after`` is the last number of the page before."""
+        adapter = self._adapter(user_id, name, tenant)
+        size = _check_limit(limit)
+        last = None if after is None else _check_number(after, "after")
+        records = await self._lookup(lambda: self._catalog.versions(adapter, after=last, limit=size))
+        return [_shown(adapter, record) for record in records]
+
+    async def version(
+        self, user_id: str, n: int, *, name: str = DEFAULT_ADAPTER, tenant: str = DEFAULT_TENANT
+    ) -> Version:
+        adapter = self._adapter(user_id, name, tenant)
+        number = _check_number(n)
+        return _shown(adapter, await self._lookup(lambda: self._catalog.version(adapter, number)))
+
+    async def users(
+        self, tenant: str = DEFAULT_TENANT, after: str | None = None, limit: int = 100
+    ) -> list[UserRow]:
+        """By user id; ``after`` is the last id of the page before."""
+        size = _check_limit(limit)
+        last = None if after is None else check_user_id(after)
+        return await self._lookup(lambda: self._catalog.users(tenant, after=last, limit=size))
+
+    async def user(self, user_id: str, *, tenant: str = DEFAULT_TENANT) -> UserRow:
+        """Raises AdapterNotFound (code ``user_not_found``)."""
+        check_user_id(user_id)
+        return await self._lookup(lambda: self._catalog.user(tenant, user_id))
+
+    async def promote(
+        self,
+        user_id: str,
+        version: int,
+        *,
+        name: str = DEFAULT_ADAPTER,
+        tenant: str = DEFAULT_TENANT,
+        if_live: int | None = None,
+    ) -> Version:
+        """Makes a version live: from the commit on every resolve gives it.
+
+        Raises:
+            AdapterNotFound: no such version.
+            AdapterConflict: another version than ``if_live`` is live.
+        """
+        adapter = self._adapter(user_id, name, tenant)
+        number = _check_number(version)
+        record = await self._lookup(lambda: self._catalog.promote(adapter, number, if_live=if_live))
+        return _shown(adapter, record)
+
+    async def open_file(
+        self, user_id: str, n: int, file: str, *, name: str = DEFAULT_ADAPTER, tenant: str = DEFAULT_TENANT
+    ) -> StoredFile:
+        """A file of a version, to stream byte for byte."""
+        adapter = self._adapter(user_id, name, tenant)
+        number = _check_number(n)
+        record = await self._lookup(lambda: self._catalog.version(adapter, number))
+        sha256 = {CONFIG_FILE: record.config_sha256, WEIGHTS_FILE: record.weights_sha256}.get(file)
+        if sha256 is None:
+            raise AdapterNotFound(
+                f"a version's files are {CONFIG_FILE} and {WEIGHTS_FILE}", code="file_not_found", param="file"
+            )
+        stored = await self._transfer(lambda: self._objects.open(f"{record.object_key}/{file}"))
+        return StoredFile(stored.stream, stored.size_bytes, sha256, self._transfer)
+
+    def _adapter(self, user_id: str, name: str, tenant: str) -> AdapterName:
+        return AdapterName(tenant, check_user_id(user_id), check_adapter_name(name), self._manifest.base_id)
+
+    def _push(
+        self, adapter: AdapterName, folder: Path, metadata: dict[str, object], *, promote: bool
+    ) -> Pushed:
+        with self._staged(folder) as staged:
+            checked = check_adapter(staged, self._manifest, max_rank=self._max_rank)
+            newest = self._catalog.newest(adapter)
+            if newest is not None and newest.digest == checked.digest:
+                return Pushed(_shown(adapter, newest), created=False)
+            key = object_prefix(adapter.tenant, checked.digest, new_upload_id())
+            keep = False
+            try:
+                for file in (CONFIG_FILE, WEIGHTS_FILE):
+                    self._objects.put(f"{key}/{file}", staged / file)
+                record, keep = self._catalog.add_version(
+                    adapter, _new_version(checked, key, metadata), promote=promote
+                )
+                return Pushed(_shown(adapter, record), created=keep)
+            finally:
+                if not keep:
+                    self._discard(key)
+
+    @contextlib.contextmanager
+    def _staged(self, folder: Path) -> Iterator[Path]:
+        """A private copy: what is checked is what is stored, whatever happens to the folder meanwhile."""
+        check_present(folder)
+        try:
+            with tempfile.TemporaryDirectory(dir=self._staging) as name:
+                staged = Path(name)
+                _copy(folder / CONFIG_FILE, staged / CONFIG_FILE, MAX_CONFIG_BYTES)
+                _copy(folder / WEIGHTS_FILE, staged / WEIGHTS_FILE, self._max_upload_bytes)
+                yield staged
+        except OSError as error:
+            raise StoreError(f"the upload can't be staged: {error.strerror or error}") from error
+
+    def _discard(self, key: str) -> None:
+        """Best effort: what stays is garbage that nothing refers to."""
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            with contextlib.suppress(StoreError):
+                self._objects.delete(f"{key}/{file}")
+
+
+def check_metadata(metadata: dict[str, object]) -> dict[str, object]:
+    """Returns ``metadata`` as it will be read back, or raises RequestInvalid (code ``invalid_metadata``)."""
+    try:
+        encoded = json.dumps(metadata, allow_nan=False, ensure_ascii=False).encode()
+        decoded: object = json.loads(encoded)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestInvalid(
+            f"metadata is not JSON: {error}", code="invalid_metadata", param="metadata"
+        ) from error
+    if not isinstance(decoded, dict) or len(encoded) > MAX_METADATA_BYTES:
+        raise RequestInvalid(
+            f"metadata must be a JSON object of at most {MAX_METADATA_BYTES} bytes",
+            code="invalid_metadata",
+            param="metadata",
+        )
+    return decoded
+
+
+def _new_version(checked: CheckedAdapter, key: str, metadata: dict[str, object]) -> NewVersion:
+    return NewVersion(
+        digest=checked.digest,
+        object_key=key,
+        config_sha256=checked.config_sha256,
+        weights_sha256=checked.weights_sha256,
+        size_bytes=checked.size_bytes,
+        rank=checked.rank,
+        target_modules=checked.target_modules,
+        warnings=checked.warnings,
+        metadata=metadata,
+    )
+
+
+def _shown(adapter: AdapterName, record: VersionRecord) -> Version:
+    return Version(
+        user_id=adapter.user_id,
+        name=adapter.name,
+        version=record.version,
+        digest=record.digest,
+        base=adapter.base,
+        size_bytes=record.size_bytes,
+        rank=record.rank,
+        target_modules=record.target_modules,
+        live=record.live,
+        metadata=record.metadata,
+        warnings=record.warnings,
+        created_at=record.created_at,
+    )
+
+
+def _copy(source: Path, target: Path, max_bytes: int) -> None:
+    with source.open("rb") as read, target.open("xb") as write:
+        left = max_bytes
+        while chunk := read.read(min(CHUNK_BYTES, left + 1)):
+            left -= len(chunk)
+            if left < 0:
+                raise AdapterInvalid(
+                    f"{source.name} is larger than {max_bytes} bytes",
+                    code="adapter_too_large",
+                    param=source.name,
+                )
+            write.write(chunk)
+
+
+def _check_number(value: int, name: str = "version") -> int:
+    if isinstance(value, bool) or not 1 <= value < 2**31:
+        raise RequestInvalid(f"{name} must be a version number from 1 on", code="invalid_version", param=name)
+    return value
+
+
+def _check_limit(limit: int) -> int:
+    if not 1 <= limit <= MAX_PAGE:
+        raise RequestInvalid(f"limit must be 1 to {MAX_PAGE}", code="invalid_limit", param="limit")
+    return limit
+
+
+def _remove_stale(staging: Path) -> None:
+    """Copies that pushes of dead processes left."""
+    for path in staging.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            if stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime > _STALE_S:
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,284 @@
+"""What an upload must be to be served: checked completely before anything is stored or reaches a device."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from tunefleet.adapters_store.digest import adapter_digest, file_sha256
+from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES, LoraConfig, matches, parse_lora_config
+from tunefleet.adapters_store.strict_json import shown
+from tunefleet.adapters_store.tensors import TensorEntry, TensorFile, read_tensors
+from tunefleet.core import LinearSpec, Manifest
+from tunefleet.errors import AdapterInvalid
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")
+
+MAX_WEIGHT_CHANGE = 1e6
+"""Bound on max|A|, on max|scaling * B| and on rank times both, hence on each entry of the weight's change.
+
+Trained adapters stay below 1e2; far beyond, activations overflow, which in a shared batch is not only the owner's
+problem."""
+
+SMALLEST_EFFECT = float(np.finfo(np.float32).tiny)
+"""Folded values below this are lost in float32."""
+
+MAX_WARNINGS = 20
+
+_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<matrix>[AB])(?:\.default)?\.weight")
+_PREFIX = "base_model.model."
+
+# Part of a tensor's name -> what it means that it is there; the first that fits is told.
+_HINTS = {
+    "lora_embedding_": "adapters on embeddings are not served",
+    "embed_tokens": "adapters on embeddings are not served",
+    "lm_head": "adapters on the output head are not served",
+    "wte": "adapters on embeddings are not served",
+    "lora_magnitude_vector": "DoRA is not served",
+    "lora_B.bias": "biases on lora_B are not served",
+    "lora_bias": "biases on lora_B are not served",
+    "lora_E": "AdaLoRA is not served",
+    "trainable_tokens": "trained token embeddings are not served",
+    "modules_to_save": "whole trained modules are not served",
+    "base_layer": "the base's own weights can't be replaced",
+    ".bias": "trained biases are not served: train with bias='none'",
+    "lora_": "it is not <module>.lora_A.weight or <module>.lora_B.weight",
+}
+
+
+class ModulePlan(msgspec.Struct, frozen=True):
+    """How one module's tensors become its part of a slot."""
+
+    rank: int
+    scaling: float
+    dtype: str  # as stored: F32, F16 or BF16
+    lora_a: str  # tensor names in the file
+    lora_b: str
+
+
+class CheckedAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """An upload that can be served, and everything the catalog needs to know of it."""
+
+    digest: str
+    config_sha256: str  # of the file's bytes
+    weights_sha256: str
+    size_bytes: int  # both files
+    rank: int  # largest over its modules
+    target_modules: tuple[str, ...]  # short names, e.g. "q_proj"
+    modules: dict[str, ModulePlan]  # by module path
+    warnings: tuple[str, ...] = ()
+
+
+def check_adapter(folder: Path, manifest: Manifest, *, max_rank: int) -> CheckedAdapter:
+    """Checks adapter_config.json and adapter_model.safetensors in ``folder``.
+
+    Raises:
+        AdapterInvalid: the first problem found; ``param`` names the field, tensor or file.
+    """
+    check_present(folder)
+    weights = folder / WEIGHTS_FILE
+    raw_config = read_config(folder)
+    config = parse_lora_config(raw_config)
+    weights_sha256 = file_sha256(weights)
+    with read_tensors(weights) as tensors:
+        modules = _plan(tensors.entries, config, manifest, max_rank)
+        _check_values(tensors, modules)
+    return CheckedAdapter(
+        digest=adapter_digest(config, weights_sha256),
+        config_sha256=hashlib.sha256(raw_config).hexdigest(),
+        weights_sha256=weights_sha256,
+        size_bytes=len(raw_config) + weights.stat().st_size,
+        rank=max(plan.rank for plan in modules.values()),
+        target_modules=tuple(sorted({path.rpartition(".")[2] for path in modules})),
+        modules=modules,
+        warnings=tuple(_warnings(config, manifest, modules))[:MAX_WARNINGS],
+    )
+
+
+def check_present(folder: Path) -> None:
+    """Both files are there and are files; raises AdapterInvalid (``missing_file``, ``pickle_refused``)."""
+    _check_regular(folder / CONFIG_FILE)
+    if not (folder / WEIGHTS_FILE).exists():
+        pickled = next((name for name in PICKLE_FILES if (folder / name).exists()), None)
+        if pickled:
+            raise refused_pickle(pickled)
+    _check_regular(folder / WEIGHTS_FILE)
+
+
+def read_config(folder: Path) -> bytes:
+    """The bytes of adapter_config.json, at most one more than is allowed."""
+    with (folder / CONFIG_FILE).open("rb") as file:
+        return file.read(MAX_CONFIG_BYTES + 1)
+
+
+def refused_pickle(name: str) -> AdapterInvalid:
+    return AdapterInvalid(
+        f"{name} is a pickle, which can run code, so it is never read: "
+        f"save with safe_serialization=True to get {WEIGHTS_FILE}",
+        code="pickle_refused",
+        param=name,
+    )
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise AdapterInvalid(
+            f"{path.name} is missing: an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}",
+            code="missing_file",
+            param=path.name,
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise AdapterInvalid(f"{path.name} is not a regular file", code="missing_file", param=path.name)
+
+
+def _plan(
+    entries: dict[str, TensorEntry], config: LoraConfig, manifest: Manifest, max_rank: int
+) -> dict[str, ModulePlan]:
+    """Each module's rank, scaling and tensors, from names and shapes alone."""
+    if not entries:
+        raise AdapterInvalid(
+            f"{WEIGHTS_FILE} holds no tensors: it would answer like the base",
+            code="adapter_has_no_effect",
+            param=WEIGHTS_FILE,
+        )
+    pairs: dict[str, dict[str, TensorEntry]] = {}
+    for entry in entries.values():
+        path, matrix = _module_of(entry.name, manifest)
+        pair = pairs.setdefault(path, {})
+        if matrix in pair:
+            raise _refused("duplicate_tensor", entry.name, f"is lora_{matrix} of {path} a second time")
+        pair[matrix] = entry
+    return {
+        path: _module_plan(path, pair, config, manifest, max_rank) for path, pair in sorted(pairs.items())
+    }
+
+
+def _module_of(name: str, manifest: Manifest) -> tuple[str, str]:
+    """Module path and "A" or "B". PEFT's prefix may be missing; ``default`` may name the adapter."""
+    match = _KEY.fullmatch(name)
+    if match:
+        path = match["path"].removeprefix(_PREFIX)
+        if path in manifest.linears:
+            return path, match["matrix"]
+    hint = next(
+        (hint for part, hint in _HINTS.items() if part in name and (part != "lora_" or not match)), None
+    )
+    problem = f"targets no linear layer of {manifest.name}" + (f": {hint}" if hint else "")
+    raise _refused("unknown_module", name, problem)
+
+
+def _module_plan(
+    path: str, pair: dict[str, TensorEntry], config: LoraConfig, manifest: Manifest, max_rank: int
+) -> ModulePlan:
+    for present, missing in (("A", "B"), ("B", "A")):
+        if missing not in pair:
+            raise _refused("missing_tensor", pair[present].name, f"has no lora_{missing} beside it")
+    spec = manifest.linears[path]
+    if config.fan_in_fan_out and not spec.fan_in_fan_out:
+        raise AdapterInvalid(
+            f"{CONFIG_FILE}: fan_in_fan_out is true, but {path} is an ordinary linear layer",
+            code="unsupported_feature",
+            param="fan_in_fan_out",
+        )
+    rank, scaling = config.module_scale(path)
+    if rank > max_rank:
+        raise _refused("rank_too_large", pair["A"].name, f"has rank {rank}, the limit here is {max_rank}")
+    _check_shapes(pair["A"], pair["B"], spec, rank)
+    return ModulePlan(rank, scaling, pair["A"].dtype, pair["A"].name, pair["B"].name)
+
+
+def _check_shapes(lora_a: TensorEntry, lora_b: TensorEntry, spec: LinearSpec, rank: int) -> None:
+    for entry, expected in ((lora_a, (rank, spec.in_features)), (lora_b, (spec.out_features, rank))):
+        if entry.shape != expected:
+            raise _refused(
+                "shape_mismatch",
+                entry.name,
+                f"has shape {list(entry.shape)}; this base and the config's rank need {list(expected)}",
+            )
+
+
+def _check_values(tensors: TensorFile, modules: dict[str, ModulePlan]) -> None:
+    has_effect = False
+    for plan in modules.values():
+        max_a = _max_abs(tensors, plan.lora_a)
+        max_b = _max_abs(tensors, plan.lora_b) * abs(plan.scaling)
+        if not max(max_a, max_b, plan.rank * max_a * max_b) <= MAX_WEIGHT_CHANGE:
+            raise _refused(
+                "out_of_range",
+                plan.lora_b,
+                f"with scaling {plan.scaling:.4g} may change weights by more than {MAX_WEIGHT_CHANGE:g}: "
+                "lora_alpha or the weights are far out of range",
+            )
+        has_effect = has_effect or (max_a > 0 and max_b >= SMALLEST_EFFECT)
+    if not has_effect:
+        raise AdapterInvalid(
+            "every module's lora_A or lora_B is zero: it would answer like the base; "
+            "was it saved before training?",
+            code="adapter_has_no_effect",
+            param=WEIGHTS_FILE,
+        )
+
+
+def _max_abs(tensors: TensorFile, name: str) -> float:
+    """Largest magnitude; one pass that also finds NaN and infinity."""
+    largest = 0.0
+    for first, values in tensors.chunks(name):
+        low, high = float(values.min()), float(values.max())
+        if not np.isfinite(low) or not np.isfinite(high):
+            index = first + int(np.argmin(np.isfinite(values)))
+            row = index // tensors.entries[name].shape[-1]
+            raise _refused("not_finite", name, f"holds {values[index - first]} in row {row}")
+        largest = max(largest, abs(low), abs(high))
+    return largest
+
+
+def _warnings(config: LoraConfig, manifest: Manifest, modules: dict[str, ModulePlan]) -> Iterable[str]:
+    hint = config.base_model_name_or_path
+    if hint and hint.rstrip("/").rpartition("/")[2].lower() != manifest.name.lower():
+        yield f"base_model_name_or_path is {shown(hint)}, this base is {manifest.name}; its shapes fit"
+    if config.task_type not in (None, "CAUSAL_LM"):
+        yield f"task_type is {shown(config.task_type)}; the adapter is served for text generation"
+    if config.bias != "none":
+        yield f"bias is {config.bias}, but the file holds no biases"
+    for name, keys in (
+        ("rank_pattern", [key for key, _ in config.rank_pattern]),
+        ("alpha_pattern", [key for key, _ in config.alpha_pattern]),
+    ):
+        unused = [key for key in keys if not any(matches(key, path) for path in modules)]
+        if unused:
+            yield f"{name}: {shown(', '.join(unused))} names no module of this adapter"
+    if isinstance(config.target_modules, tuple):
+        yield from _selector_warnings(config.target_modules, modules)
+
+
+def _selector_warnings(targets: tuple[str, ...], modules: dict[str, ModulePlan]) -> Iterable[str]:
+    """Where list and tensors differ, by PEFT's rule for lists: the whole path, or its end on a dot."""
+    names = set(targets)
+    ends = {path: _dotted_ends(path) for path in modules}
+    unused = names.difference(*ends.values())
+    if unused:
+        yield f"target_modules: there are no tensors for {shown(', '.join(sorted(unused)))}"
+    extra = {path.rpartition(".")[2] for path in modules if names.isdisjoint(ends[path])}
+    if extra and targets:
+        names_extra = shown(", ".join(sorted(extra)))
+        yield f"target_modules doesn't name {names_extra}, whose tensors are served all the same"
+
+
+def _dotted_ends(path: str) -> set[str]:
+    parts = path.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
+
+
+def _refused(code: str, tensor: str, problem: str) -> AdapterInvalid:
+    return AdapterInvalid(f"{WEIGHTS_FILE}: {tensor} {problem}", code=code, param=tensor)
