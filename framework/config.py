@@ -41,6 +41,7 @@ class Options:
     cache_dir: str = _option("", "Prepared bases, disk tier, state of the host process (default ~/.cache/tunefleet).")
     min_replicas: int = _option(0, "Replicas kept when idle.", at_least=0)
     max_replicas: int = _option(0, "Most replicas; 0: one per device.", at_least=0)
+    target_concurrency: int = _option(0, "Requests per replica to scale by; 0: max_num_seqs.", at_least=0)
     idle_timeout_s: float = _option(10.0, "Time without work after which a replica stops.", at_least=0)
     cold_start_timeout_s: float = _option(60.0, "Longest time a request is held for a replica.", at_least=0.1)
     drain_timeout_s: float = _option(30.0, "Longest time a stopping replica may finish its requests.", at_least=0)
@@ -49,6 +50,7 @@ class Options:
     max_active_adapters: int = _option(0, "Slots; 0: max_num_seqs.", at_least=0)
     max_adapter_rank: int = _option(64, "Largest rank served.", at_least=1)
     host_cache_bytes: int = _option(1024 * MIB, "Memory for prepared adapters, shared by all replicas.", at_least=MIB)
+    disk_cache_bytes: int = _option(8192 * MIB, "Disk for adapters fetched from the store.", at_least=MIB)
     max_num_seqs: int = _option(32, "Sequences in one batch.", at_least=1)
     max_model_len: int = _option(0, "Tokens of prompt and answer; 0: the base's, 2048 at most.", at_least=0)
     threads_per_replica: int = _option(0, "CPU threads of one replica; 0: all cores shared evenly.", at_least=0)
@@ -118,6 +120,11 @@ def runtime_dir(cache_dir: str) -> Path:
     folder = parent / f"tunefleet-{os.getuid()}" / hashlib.sha256(cache_dir.encode()).hexdigest()[:12]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def setting(name: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """What is no option: ``TUNEFLEET_ADMIN_KEY``, and the clients' ``TUNEFLEET_URL`` and ``TUNEFLEET_API_KEY``."""
+    return (os.environ if environ is None else environ).get(f"TUNEFLEET_{name.upper()}") or None
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
