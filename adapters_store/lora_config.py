@@ -6,6 +6,7 @@ while it is null, false or empty. What is served gives exactly the rank and scal
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -281,11 +282,7 @@ def _described(value: JsonValue) -> str:
         return "a list"
     if isinstance(value, dict):
         return "an object"
-    return (
-        shown(value)
-        if isinstance(value, str)
-        else {True: "true", False: "false", None: "null"}.get(value, str(value))
-    )
+    return shown(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _invalid(field: str | None, problem: str) -> AdapterInvalid:

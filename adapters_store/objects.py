@@ -71,9 +71,14 @@ def check_key(key: str) -> str:
     raise StoreError(f"{key[:200]!r} is no key of this store", code="invalid_key", param="key")
 
 
-def download(objects: ObjectStore, key: str, target: Path) -> None:
+def download(objects: ObjectStore, key: str, target: Path, *, max_bytes: int) -> None:
     """Streams an object into a new file. A copy that broke off is removed."""
     stream, size_bytes = objects.open(key)
+    if size_bytes > max_bytes:
+        stream.close()
+        raise StoreError(
+            f"{key} has {size_bytes} bytes, at most {max_bytes} were stored", code="object_corrupt"
+        )
     try:
         with stream, target.open("xb") as file:
             shutil.copyfileobj(stream, file, COPY_BYTES)

@@ -14,17 +14,16 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple
 
-import anyio
-import anyio.to_thread
 import msgspec
 
 from tunefleet.adapters_store.catalog import AdapterName, Catalog, NewVersion, UserRecord, VersionRecord
 from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES
 from tunefleet.adapters_store.objects import ObjectStore, new_upload_id, object_prefix, open_store
+from tunefleet.adapters_store.threads import Runner
 from tunefleet.adapters_store.validation import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -50,7 +49,6 @@ NUM_TRANSFERS = 4  # threads for uploads and downloads, which may take long
 CHUNK_BYTES = 256 * 1024
 _STALE_S = 24 * 3600.0
 
-T = TypeVar("T")
 UserRow = UserRecord
 
 
@@ -113,16 +111,6 @@ class StoredFile:
 
     async def aclose(self) -> None:
         self._stream.close()
-
-
-class Runner:
-    """Runs blocking work in threads, at most so many at once."""
-
-    def __init__(self, num_threads: int) -> None:
-        self._limiter = anyio.CapacityLimiter(num_threads)
-
-    async def __call__(self, work: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(work, limiter=self._limiter)
 
 
 class AdapterStore:

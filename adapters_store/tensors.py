@@ -30,7 +30,7 @@ MAX_DIMS = 8
 CHUNK_BYTES = 4 * 1024 * 1024
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_RAW_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_FLOATS = {"F32": "<f4", "F16": "<f2"}
 _NAME = re.compile(r"[\x21-\x7e]+")
 
 Float32Array = npt.NDArray[np.float32]
@@ -78,10 +78,11 @@ class TensorFile:
 
     def _read(self, entry: TensorEntry, start: int, num_items: int) -> Float32Array:
         raw = _pread(self._fd, start, num_items * ITEM_BYTES[entry.dtype])
-        stored = np.frombuffer(raw, dtype=_RAW_DTYPES[entry.dtype])
         if entry.dtype == "BF16":
-            return np.left_shift(stored.astype(np.uint32), 16).view(np.float32)
-        return stored.astype(np.float32)
+            bits: npt.NDArray[np.uint32] = np.frombuffer(raw, dtype="<u2").astype(np.uint32) << np.uint32(16)
+            return bits.view(np.float32)
+        values: Float32Array = np.frombuffer(raw, dtype=_FLOATS[entry.dtype]).astype(np.float32)
+        return values
 
 
 def read_tensors(path: Path) -> TensorFile:

@@ -26,8 +26,8 @@ PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "a
 MAX_WEIGHT_CHANGE = 1e6
 """Bound on max|A|, on max|scaling * B| and on rank times both, hence on each entry of the weight's change.
 
-Trained adapters stay below 1e2; far beyond, activations overflow, which in a shared batch is not only the owner's
-problem."""
+Trained adapters stay below 1e2; far beyond, activations overflow, which in a shared batch is not only the
+owner's problem."""
 
 SMALLEST_EFFECT = float(np.finfo(np.float32).tiny)
 """Folded values below this are lost in float32."""
@@ -60,6 +60,8 @@ class ModulePlan(msgspec.Struct, frozen=True):
 
     rank: int
     scaling: float
+    in_features: int
+    out_features: int
     dtype: str  # as stored: F32, F16 or BF16
     lora_a: str  # tensor names in the file
     lora_b: str
@@ -78,25 +80,53 @@ class CheckedAdapter(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
 
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """Which adapter a folder holds, before anything is known of its tensors."""
+
+    config: LoraConfig
+    digest: str
+    config_sha256: str
+    weights_sha256: str
+    size_bytes: int
+
+
 def check_adapter(folder: Path, manifest: Manifest, *, max_rank: int) -> CheckedAdapter:
     """Checks adapter_config.json and adapter_model.safetensors in ``folder``.
 
     Raises:
         AdapterInvalid: the first problem found; ``param`` names the field, tensor or file.
     """
+    return check_tensors(folder, identify(folder), manifest, max_rank=max_rank)
+
+
+def identify(folder: Path) -> Identity:
+    """Parses the config and hashes the weights; raises AdapterInvalid for a config that can't be served."""
     check_present(folder)
-    weights = folder / WEIGHTS_FILE
-    raw_config = read_config(folder)
+    with (folder / CONFIG_FILE).open("rb") as file:
+        raw_config = file.read(MAX_CONFIG_BYTES + 1)
     config = parse_lora_config(raw_config)
+    weights = folder / WEIGHTS_FILE
     weights_sha256 = file_sha256(weights)
-    with read_tensors(weights) as tensors:
-        modules = _plan(tensors.entries, config, manifest, max_rank)
-        _check_values(tensors, modules)
-    return CheckedAdapter(
+    return Identity(
+        config=config,
         digest=adapter_digest(config, weights_sha256),
         config_sha256=hashlib.sha256(raw_config).hexdigest(),
         weights_sha256=weights_sha256,
         size_bytes=len(raw_config) + weights.stat().st_size,
+    )
+
+
+def check_tensors(folder: Path, identity: Identity, manifest: Manifest, *, max_rank: int) -> CheckedAdapter:
+    """Checks the weights of an identified folder against its config and the base."""
+    config = identity.config
+    with read_tensors(folder / WEIGHTS_FILE) as tensors:
+        modules = _plan(tensors.entries, config, manifest, max_rank)
+        _check_values(tensors, modules)
+    return CheckedAdapter(
+        digest=identity.digest,
+        config_sha256=identity.config_sha256,
+        weights_sha256=identity.weights_sha256,
+        size_bytes=identity.size_bytes,
         rank=max(plan.rank for plan in modules.values()),
         target_modules=tuple(sorted({path.rpartition(".")[2] for path in modules})),
         modules=modules,
@@ -112,12 +142,6 @@ def check_present(folder: Path) -> None:
         if pickled:
             raise refused_pickle(pickled)
     _check_regular(folder / WEIGHTS_FILE)
-
-
-def read_config(folder: Path) -> bytes:
-    """The bytes of adapter_config.json, at most one more than is allowed."""
-    with (folder / CONFIG_FILE).open("rb") as file:
-        return file.read(MAX_CONFIG_BYTES + 1)
 
 
 def refused_pickle(name: str) -> AdapterInvalid:
@@ -195,7 +219,15 @@ def _module_plan(
     if rank > max_rank:
         raise _refused("rank_too_large", pair["A"].name, f"has rank {rank}, the limit here is {max_rank}")
     _check_shapes(pair["A"], pair["B"], spec, rank)
-    return ModulePlan(rank, scaling, pair["A"].dtype, pair["A"].name, pair["B"].name)
+    return ModulePlan(
+        rank=rank,
+        scaling=scaling,
+        in_features=spec.in_features,
+        out_features=spec.out_features,
+        dtype=pair["A"].dtype,
+        lora_a=pair["A"].name,
+        lora_b=pair["B"].name,
+    )
 
 
 def _check_shapes(lora_a: TensorEntry, lora_b: TensorEntry, spec: LinearSpec, rank: int) -> None:

@@ -91,15 +91,16 @@ def make_adapter(
         for matrix, shape in (("A", (rank, spec.in_features)), ("B", (spec.out_features, rank))):
             values = (generator.standard_normal(shape) * scale).astype(np.float32)
             tensors[f"base_model.model.{path}.lora_{matrix}.weight"] = raw_tensor(values, dtype)
-    write_config(folder, {"r": r, "lora_alpha": 2 * r, "rank_pattern": dict(ranks), **(config or {})}, targets)
+    fields = {"r": r, "lora_alpha": 2 * r, "rank_pattern": dict(ranks), **(config or {})}
+    write_config(folder, fields, targets)
     write_weights(folder, tensors)
     return folder
 
 
 def write_config(folder: Path, changes: Mapping[str, object], targets: tuple[str, ...] = TARGETS) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    fields = {"peft_type": "LORA", "base_model_name_or_path": "tiny", "target_modules": list(targets), **changes}
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    fields = {"peft_type": "LORA", "base_model_name_or_path": "tiny", "target_modules": list(targets)}
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, **changes}))
 
 
 def write_weights(folder: Path, tensors: Mapping[str, RawTensor]) -> None:
