@@ -1,4 +1,4 @@
-"""Who calls, and what they may do. Every route's check goes through ``Caller.require`` and ``Caller.reach``."""
+"""Who calls, and what they may do. Every route is checked by ``Caller.require`` and ``Caller.reach``."""
 
 from __future__ import annotations
 
@@ -34,13 +34,17 @@ class Caller(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         unknown = sorted(self.scopes - SCOPES)
         if unknown:
-            raise ConfigError(f"unknown scope {unknown[0]!r}; there are: {', '.join(sorted(SCOPES))}", param="scopes")
+            raise ConfigError(
+                f"unknown scope {unknown[0]!r}; there are: {', '.join(sorted(SCOPES))}", param="scopes"
+            )
         if self.user_id is not None:
             check_user_id(self.user_id)
 
     def require(self, scope: str) -> None:
         """Raises AuthError (``forbidden``) unless the caller has ``scope``."""
-        allowed = scope in self.scopes or "admin" in self.scopes or ("tenant" in self.scopes and scope != "admin")
+        allowed = (
+            scope in self.scopes or "admin" in self.scopes or ("tenant" in self.scopes and scope != "admin")
+        )
         if not allowed or (scope in {"admin", "tenant"} and self.user_id is not None):
             raise AuthError(f"this credential lacks the scope {scope!r}", code="forbidden")
 
@@ -83,7 +87,8 @@ def check_exposure(host: str, key: str | None) -> None:
     """Refuses to serve other machines without a key."""
     if key is None and not _is_loopback(host):
         raise ConfigError(
-            f"without keys tunefleet serves this machine only, not {host!r}: set TUNEFLEET_ADMIN_KEY", param="host"
+            f"without keys tunefleet serves this machine only, not {host!r}: set TUNEFLEET_ADMIN_KEY",
+            param="host",
         )
 
 

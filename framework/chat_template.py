@@ -47,7 +47,9 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RequestInvalid(
-                f"the base's chat template refuses these messages: {error}", param="messages", code="invalid_messages"
+                f"the base's chat template refuses these messages: {error}",
+                param="messages",
+                code="invalid_messages",
             ) from error
 
 
@@ -90,7 +92,9 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:

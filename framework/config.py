@@ -123,7 +123,7 @@ def runtime_dir(cache_dir: str) -> Path:
 
 
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str | None:
-    """What is no option: ``TUNEFLEET_ADMIN_KEY``, and the clients' ``TUNEFLEET_URL`` and ``TUNEFLEET_API_KEY``."""
+    """What is no option: ``TUNEFLEET_ADMIN_KEY``, the clients' ``TUNEFLEET_URL``, ``TUNEFLEET_API_KEY``."""
     return (os.environ if environ is None else environ).get(f"TUNEFLEET_{name.upper()}") or None
 
 

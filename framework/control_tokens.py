@@ -1,7 +1,7 @@
 """Keeps message contents from writing control tokens.
 
-Contents are marked before the template renders them and the marks are taken out when the rendering is encoded. Marks
-go around what spells a control token and nowhere else, so templates still see, trim and split contents as they are.
+Contents are marked before the template renders them, and the marks are taken out when the rendering is encoded.
+Marks go around what spells a control token and nowhere else, so templates see, trim and split contents as ever.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ class ControlTokens:
         cuts = [(text[:at], text[at:]) for text in contents for at in range(1, len(text))]
         self._heads = tuple({head for head, tail in cuts if _meet(tail, literals, str.startswith)})
         self._tails = tuple({tail for head, tail in cuts if _meet(head, literals, str.endswith)})
-        self._normalizer = tokenizer.normalizer if any(token.normalized for token in control.values()) else None
+        self._normalizer = (
+            tokenizer.normalizer if any(token.normalized for token in control.values()) else None
+        )
 
     def mark(self, content: str) -> str:
-        """Marks what spells a control token by itself, or could together with the template's text around it."""
+        """Marks what spells a control token by itself, or could with the template's text around it."""
         content = _MARKS.sub("", content)
         inner = content.strip()
         before, after = content.split(inner, 1) if inner else (content, "")
@@ -65,7 +67,7 @@ class ControlTokens:
             yield from (piece for piece in self._split(marks[index], text, marks[index + 1]) if piece.text)
 
     def _split(self, left: str, text: str, right: str) -> tuple[Piece, ...]:
-        """A template may cut contents, so a mark can have lost its partner: the token beside it still counts."""
+        """A template may cut contents, so a mark can lack its partner: the token beside it still counts."""
         if left == _START and right == _END:
             return (Piece(text, plain=True),)
         if left == _START and (first := self._spelled.match(text)):
@@ -76,5 +78,5 @@ class ControlTokens:
 
 
 def _meet(part: str, literals: Sequence[str], at: Callable[[str, str], bool]) -> bool:
-    """Can the template put ``part`` of a control token beside a content? Its pieces may be longer or shorter."""
+    """Can the template put ``part`` of a control token beside a content? It may write it in pieces."""
     return any(at(literal, part) or at(part, literal) for literal in literals if literal)

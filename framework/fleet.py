@@ -7,7 +7,7 @@ import builtins
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -33,7 +33,7 @@ _log = logging.getLogger("tunefleet")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FleetParts:
-    """What an open fleet is made of; tests bring their own. The fleet starts the dispatcher and closes both."""
+    """What an open fleet is made of; tests bring their own. The fleet starts and closes them."""
 
     manifest: Manifest
     tokenizer: Tokenizer
@@ -44,8 +44,8 @@ class FleetParts:
 class Fleet:
     """Everything in one process: ``async with Fleet(base_model="...") as fleet``.
 
-    Keywords are the options of ``tunefleet.config.Options``; nothing is read or started before ``async with``,
-    which also closes all that it opened. Generation defaults equal HTTP's: temperature 1, ``max_tokens`` what fits.
+    Keywords are the options of ``tunefleet.config.Options``. Nothing is started before ``async with``, which also
+    closes all that it opened. Generation defaults equal HTTP's: temperature 1, ``max_tokens`` what fits.
     """
 
     def __init__(self, *, authenticate: Authenticate | None = None, **options: object) -> None:
@@ -56,7 +56,9 @@ class Fleet:
         self._open: _Open | None = None
 
     @classmethod
-    def from_parts(cls, parts: FleetParts, *, authenticate: Authenticate | None = None, **options: object) -> Self:
+    def from_parts(
+        cls, parts: FleetParts, *, authenticate: Authenticate | None = None, **options: object
+    ) -> Self:
         """A fleet on parts of the caller's, for tests: ``runtime.fakes.FakeDispatcher`` needs no machine."""
         fleet = cls(authenticate=authenticate, **options)
         fleet._given = parts
@@ -88,8 +90,8 @@ class Fleet:
     def asgi(self, *, auth: Literal["none"] | None = None) -> ASGIApp:
         """The HTTP API as an app to mount: ``api.mount("/ai", fleet.asgi())``.
 
-        Who calls is told by ``authenticate``, else by the key in ``TUNEFLEET_ADMIN_KEY``; ``auth="none"`` makes
-        everybody the default tenant's backend.
+        Who calls is told by ``authenticate``, else by the key in ``TUNEFLEET_ADMIN_KEY``; ``auth="none"``
+        makes everybody the default tenant's backend.
 
         Raises:
             ConfigError: none of the three is set.
@@ -105,8 +107,8 @@ class Fleet:
         chosen = anyone if auth else self._authenticate or (admin_key(key) if key else None)
         if chosen is None:
             raise ConfigError(
-                "a mounted fleet needs to know its callers: give Fleet(authenticate=...), set TUNEFLEET_ADMIN_KEY, "
-                "or say asgi(auth='none') to let anybody in",
+                "a mounted fleet needs to know its callers: give Fleet(authenticate=...), "
+                "set TUNEFLEET_ADMIN_KEY, or say asgi(auth='none') to let anybody in",
                 param="auth",
             )
         return chosen
@@ -134,7 +136,9 @@ class Fleet:
     @property
     def base_names(self) -> tuple[str, ...]:
         """What a request may call the base, its proper name first."""
-        return tuple(dict.fromkeys((self.manifest.name, self.manifest.base_id, self.options.base_model, "quickstart")))
+        return tuple(
+            dict.fromkeys((self.manifest.name, self.manifest.base_id, self.options.base_model, "quickstart"))
+        )
 
     async def chat(
         self,
@@ -324,6 +328,7 @@ def _needs_serve_extra() -> Iterator[None]:
         if (error.name or "").startswith("tunefleet"):
             raise
         raise ConfigError(
-            f"serving needs more than the clients' install ({error.name} is missing): pip install 'tunefleet[serve]'",
+            f"serving needs more than the clients' install, {error.name} is missing: "
+            "pip install 'tunefleet[serve]'",
             code="not_installed",
         ) from error

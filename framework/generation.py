@@ -40,6 +40,18 @@ class TextDelta(NamedTuple):
     finish_reason: FinishReason | None
 
 
+class Accepted(NamedTuple):
+    """What is fixed once a request is accepted."""
+
+    request_id: str
+    user_id: str | None
+    adapter_digest: str  # or "base"
+    adapter_version: int  # 0: the base
+    model: str
+    num_prompt: int  # tokens
+    started_at: float  # by perf_counter
+
+
 class Generations:
     """Starts generations for one router. Holds nothing of its own; the fleet closes its parts."""
 
@@ -68,37 +80,41 @@ class Generations:
             RequestInvalid: also ``context_length_exceeded``.
             AdapterNotFound: no such user, adapter or version, and no fallback.
         """
-        accepted_at = time.perf_counter()
+        started_at = time.perf_counter()
         adapter = await self._resolve(target.checked())
         prompt = await self._prompt_ids(request)
-        sampling = self._sampling(request, len(prompt))
         work = Submit(
-            request_id=request_id or new_request_id(), prompt=tuple(prompt), sampling=sampling, adapter=adapter.ref
+            request_id=new_request_id(),  # not the client's, which another client may use too
+            prompt=tuple(prompt),
+            sampling=self._sampling(request, len(prompt)),
+            adapter=adapter.ref,
         )
-        return self._launch(work, target, adapter.version, StopMatcher(request.stops), accepted_at)
+        accepted = self._accepted(work, target, adapter.version, started_at)
+        if request_id is not None:
+            accepted = accepted._replace(request_id=request_id)
+        return Generation(
+            self._dispatcher.submit(work), accepted, Detokenizer(self._tokenizer), request.stops
+        )
 
     async def warm(self, target: Target) -> Generation:
         """A generation of one token, which brings the target's adapter to a device."""
-        accepted_at = time.perf_counter()
+        started_at = time.perf_counter()
         adapter = await self._resolve(target.checked())
-        token = next(iter(self._manifest.eos_token_ids), 0)
-        work = Submit(
-            request_id=new_request_id(), prompt=(token,), sampling=SamplingParams(max_tokens=1), adapter=adapter.ref
-        )
-        return self._launch(work, target, adapter.version, StopMatcher(()), accepted_at)
+        prompt = (next(iter(self._manifest.eos_token_ids), 0),)
+        sampling = SamplingParams(max_tokens=1)
+        work = Submit(request_id=new_request_id(), prompt=prompt, sampling=sampling, adapter=adapter.ref)
+        accepted = self._accepted(work, target, adapter.version, started_at)
+        return Generation(self._dispatcher.submit(work), accepted, Detokenizer(self._tokenizer))
 
-    def _launch(
-        self, work: Submit, target: Target, version: int, stops: StopMatcher, accepted_at: float
-    ) -> Generation:
-        return Generation(
-            self._dispatcher.submit(work),
-            work,
+    def _accepted(self, work: Submit, target: Target, version: int, started_at: float) -> Accepted:
+        return Accepted(
+            request_id=work.request_id,
             user_id=target.user_id,
-            version=version,
+            adapter_digest=work.adapter.digest if work.adapter else BASE_DIGEST,
+            adapter_version=version,
             model=model_name(target.user_id or "", target.name) if work.adapter else self._manifest.name,
-            detokenizer=Detokenizer(self._tokenizer),
-            stops=stops,
-            accepted_at=accepted_at,
+            num_prompt=len(work.prompt),
+            started_at=started_at,
         )
 
     async def _resolve(self, target: Target) -> _Adapter:
@@ -119,7 +135,8 @@ class Generations:
         if isinstance(request, ChatRequest):
             messages = [message.plain() for message in request.messages]
             return await self._encode(
-                lambda: self._tokenizer.encode_chat(messages), sum(len(message["content"]) for message in messages)
+                lambda: self._tokenizer.encode_chat(messages),
+                sum(len(message["content"]) for message in messages),
             )
         prompt = request.text_or_ids
         if isinstance(prompt, str):
@@ -153,7 +170,7 @@ class Generations:
     def _refuse_length(self, num_prompt: str, max_tokens: int | None = None) -> None:
         asked = f" and {max_tokens} of answer" if max_tokens else ""
         raise RequestInvalid(
-            f"the context holds {self.max_model_len} tokens; this request has {num_prompt} tokens of prompt{asked}",
+            f"the context holds {self.max_model_len} tokens; this request has {num_prompt} of prompt{asked}",
             code="context_length_exceeded",
             param="max_tokens" if max_tokens else "messages",
         )
@@ -167,32 +184,17 @@ class Generation:
     """
 
     def __init__(
-        self,
-        run: Run,
-        work: Submit,
-        *,
-        user_id: str | None,
-        version: int,
-        model: str,
-        detokenizer: Detokenizer,
-        stops: StopMatcher,
-        accepted_at: float,
+        self, run: Run, accepted: Accepted, detokenizer: Detokenizer, stops: tuple[str, ...] = ()
     ) -> None:
-        self.request_id = work.request_id
-        self.user_id = user_id
-        self.adapter_digest = work.adapter.digest if work.adapter else BASE_DIGEST
-        self.adapter_version = version  # 0: the base
-        self.model = model
+        self.accepted = accepted
         self.timing: dict[str, float] = {}
         self.cold_start: ColdStart | None = None
         self.batch_size = 0
         self.num_adapters = 0
         self._run = run
-        self._num_prompt = len(work.prompt)
         self._num_completion = 0
         self._detokenizer = detokenizer
-        self._stops = stops
-        self._accepted_at = accepted_at
+        self._stops = StopMatcher(stops)
         self._over = False
         self._deltas = self._iterate()
 
@@ -216,7 +218,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._num_prompt, self._num_completion)
+        return Usage(self.accepted.num_prompt, self._num_completion)
 
     @property
     def waits_for(self) -> str:
@@ -230,10 +232,10 @@ class Generation:
     @property
     def served(self) -> Served:
         return Served(
-            request_id=self.request_id,
-            user_id=self.user_id,
-            adapter_digest=self.adapter_digest,
-            adapter_version=self.adapter_version,
+            request_id=self.accepted.request_id,
+            user_id=self.accepted.user_id,
+            adapter_digest=self.accepted.adapter_digest,
+            adapter_version=self.accepted.adapter_version,
             cold_start=self.cold_start or ColdStart.NONE,
             timing=self.timing,
             batch_size=self.batch_size,
@@ -271,7 +273,7 @@ class Generation:
             if text or first:
                 first = False
                 yield TextDelta(text, None)
-        raise ReplicaError(f"the answer of {self.request_id} ended before it was complete")
+        raise ReplicaError(f"the answer of {self.accepted.request_id} ended before it was complete")
 
     def _push(self, tokens: tuple[int, ...]) -> tuple[str, bool]:
         """Text of tokens, up to a stop string."""
@@ -290,7 +292,9 @@ class Generation:
 
     async def _end(self, reason: FinishReason, progress: Progress) -> FinishReason:
         if reason in {FinishReason.ERROR, FinishReason.CANCELLED}:
-            raise ReplicaError(progress.error or "the sequence was cancelled", code=progress.error_code or None)
+            raise ReplicaError(
+                progress.error or "the sequence was cancelled", code=progress.error_code or None
+            )
         if progress.finish_reason is None:  # a stop string: the replica doesn't know yet
             await self._run.aclose()
         self._over = True
@@ -312,7 +316,7 @@ class Generation:
             "load": timing.load_s,
             "activate": timing.activate_s,
             "prefill": timing.prefill_s,
-            "first_token": time.perf_counter() - self._accepted_at,
+            "first_token": time.perf_counter() - self.accepted.started_at,
         }
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's request bodies, checked to the last field: nothing that a client asks for is dropped in silence."""
+"""OpenAI's request bodies, checked to the last field: nothing that clients ask for is dropped in silence."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class CompletionRequest(InferenceRequest, frozen=True, kw_only=True, forbid_unkn
         return ids
 
 
-_R = TypeVar("_R", ChatRequest, CompletionRequest)
+_R = TypeVar("_R", bound=ChatRequest | CompletionRequest)
 
 
 def parse_json(body: bytes) -> dict[str, object]:
@@ -205,6 +205,8 @@ def _check_stops(stops: tuple[str, ...]) -> None:
 def _check_limits(request: ChatRequest | CompletionRequest) -> None:
     both = (request.max_tokens, request.max_new_tokens)
     if None not in both and both[0] != both[1]:
-        raise RequestInvalid("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
+        raise RequestInvalid(
+            "max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens"
+        )
     if request.stream_options is not None and not request.stream:
         raise RequestInvalid("stream_options needs stream: true", param="stream_options")

@@ -1,4 +1,4 @@
-"""Text to token ids and back: encoding chats, decoding token by token, stop strings. tokenizers and jinja2 only."""
+"""Text to token ids and back: chats, decoding token by token, stop strings. tokenizers and jinja2 only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tokenizer:
         self.max_token_chars = max(map(len, self._tokenizer.get_vocab()))
 
     def encode(self, text: str) -> list[int]:
-        """A raw prompt: control tokens in it count, and the tokenizer's own (such as a first BOS) are added."""
+        """A raw prompt: control tokens in it count, and the tokenizer's own (a first BOS) are added."""
         return self._tokenizer.encode(_checked(text, "prompt"), add_special_tokens=True).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -50,7 +50,8 @@ class Tokenizer:
         """
         if self._template is None:
             raise RequestInvalid(
-                "this base has no chat template: use completions with your own prompt", code="no_chat_template"
+                "this base has no chat template: use completions with your own prompt",
+                code="no_chat_template",
             )
         marked = [
             {**message, "content": self._control.mark(_checked(message["content"], "messages"))}
@@ -66,7 +67,7 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Never a control token: a model that spells one even from plain text gets it character by character."""
+        """Never a control token: if even plain text makes one, each character goes by itself."""
         ids = self._model_ids(text)
         if self._control.ids.isdisjoint(ids):
             return ids
@@ -77,11 +78,15 @@ class Tokenizer:
         """The tokenizer's pipeline without its added tokens."""
         steps = self._tokenizer
         text = steps.normalizer.normalize_str(text) if steps.normalizer else text
-        words = [word for word, _ in steps.pre_tokenizer.pre_tokenize_str(text)] if steps.pre_tokenizer else [text]
+        words = (
+            [word for word, _ in steps.pre_tokenizer.pre_tokenize_str(text)]
+            if steps.pre_tokenizer
+            else [text]
+        )
         return [token.id for word in words for token in steps.model.tokenize(word)]
 
     def _after_newline(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
-        """Encodes behind a newline and takes it off again: SentencePiece puts a space before a text's first word."""
+        """Encodes behind a newline, taken off again: SentencePiece adds a space before a text's first word."""
         newline, ids = encode("\n"), encode("\n" + text)
         return ids[len(newline) :] if ids[: len(newline)] == newline else encode(text)
 
@@ -175,7 +180,9 @@ def _checked(text: str, param: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestInvalid(f"{param} holds text that is not Unicode: {error.reason}", param=param) from error
+        raise RequestInvalid(
+            f"{param} holds text that is not Unicode: {error.reason}", param=param
+        ) from error
     return text
 
 
@@ -192,5 +199,7 @@ def _template_source(folder: Path, config: Mapping[str, object]) -> str | None:
 def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
     """``bos_token`` and the like, which templates may use by name."""
     tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+    texts = {
+        name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()
+    }
     return {name: text for name, text in texts.items() if isinstance(text, str)}

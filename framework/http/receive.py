@@ -1,0 +1,233 @@
+"""An upload's body on its way to disk: multipart parts or an archive, counted, hashed, not held in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
+
+from tunefleet import uploads
+from tunefleet.config import Options
+from tunefleet.errors import AdapterInvalid, RequestInvalid, StoreError
+from tunefleet.http.bodies import bounded
+from tunefleet.openai_api import parse_json
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+MAX_METADATA_BYTES = 4096
+_MAX_PART_HEADER_BYTES = 8192
+_IDLE_S = 60.0  # a client that sends nothing for so long has gone
+_WRITE_BYTES = 1024 * 1024
+_DIGEST = re.compile(r"\s*(sha-256|sha-512)=:([A-Za-z0-9+/=]+):\s*(?:,|$)")
+
+
+class Received(NamedTuple):
+    folder: Path  # holds the two files
+    metadata: dict[str, object] | None  # of the part, if there was one
+
+
+async def receive(request: Request, folder: Path, options: Options) -> Received:
+    """Writes the body below ``folder``.
+
+    Raises:
+        RequestInvalid: too large, wrongly framed, or not what Content-Digest says.
+        AdapterInvalid: no PEFT folder in it.
+    """
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise RequestInvalid("send uploads without Content-Encoding", code="unsupported_media_type")
+    digest = _ContentDigest(request.headers.get("content-digest"))
+    chunks = digest.watch(_alive(bounded(request, options.max_upload_bytes)))
+    kind, parameters = parse_options_header(request.headers.get("content-type", ""))
+    if kind == b"multipart/form-data":
+        received = await _receive_parts(chunks, parameters.get(b"boundary", b""), folder)
+        digest.check()
+        return received
+    archive = folder / "archive"
+    await _write_file(chunks, archive)
+    digest.check()
+    await uploads.unpack(archive, folder / "adapter", options)
+    return Received(folder / "adapter", None)
+
+
+async def _alive(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    while True:
+        try:
+            async with asyncio.timeout(_IDLE_S):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise RequestInvalid(f"no data for {_IDLE_S:.0f} s", code="upload_too_slow") from error
+        yield chunk
+
+
+class _ContentDigest:
+    """RFC 9530's ``Content-Digest`` of one body."""
+
+    def __init__(self, header: str | None) -> None:
+        found = _DIGEST.findall(header or "")
+        if header is not None and not found:
+            raise RequestInvalid(
+                "Content-Digest must look like sha-256=:<base64>:",
+                code="invalid_digest",
+                param="Content-Digest",
+            )
+        self._expected = {name: base64.b64decode(value + "==") for name, value in found}
+        self._hashers = {name: hashlib.new(name.replace("-", "")) for name in self._expected}
+
+    async def watch(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in chunks:
+            for hasher in self._hashers.values():
+                hasher.update(chunk)
+            yield chunk
+
+    def check(self) -> None:
+        for name, hasher in self._hashers.items():
+            if hasher.digest() != self._expected[name]:
+                raise RequestInvalid(
+                    f"the body's {name} is not what Content-Digest says: send it again",
+                    code="digest_mismatch",
+                    param="Content-Digest",
+                )
+
+
+async def _write_file(chunks: AsyncIterator[bytes], path: Path) -> None:
+    with path.open("xb") as file:
+        pending: list[bytes] = []
+        async for chunk in chunks:
+            pending.append(chunk)
+            if sum(map(len, pending)) >= _WRITE_BYTES:
+                await _write([(file, b"".join(pending))])
+                pending.clear()
+        await _write([(file, b"".join(pending))])
+
+
+async def _write(writes: list[tuple[BinaryIO, bytes]]) -> None:
+    def write_all() -> None:
+        for file, content in writes:
+            file.write(content)
+
+    try:
+        await asyncio.to_thread(write_all)
+    except OSError as error:
+        raise StoreError(f"the upload can't be staged: {error.strerror}") from error
+
+
+async def _receive_parts(chunks: AsyncIterator[bytes], boundary: bytes, folder: Path) -> Received:
+    if not boundary:
+        raise RequestInvalid("multipart/form-data needs a boundary", code="invalid_multipart")
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    with contextlib.closing(_Parts(adapter)) as parts:
+        try:
+            parser = MultipartParser(boundary, parts.callbacks())
+            async for chunk in chunks:
+                parser.write(chunk)
+                if parts.num_pending >= _WRITE_BYTES:
+                    await parts.drain()
+            await parts.drain()
+        except FormParserError as error:
+            raise RequestInvalid(
+                f"the multipart body is malformed: {error}", code="invalid_multipart"
+            ) from error
+        parts.check_complete()
+    return Received(adapter, parse_json(bytes(parts.metadata)) if parts.metadata else None)
+
+
+class _Parts:
+    """Where multipart parts go: two files and the metadata, by the part's name; a file name means nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.metadata = bytearray()
+        self.num_pending = 0  # bytes not written yet
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+        self._names: set[str] = set()
+        self._pending: list[tuple[BinaryIO, bytes]] = []
+        self._header = [bytearray(), bytearray()]  # name, value
+        self._disposition = b""
+        self._name = ""
+        self._complete = False
+
+    def callbacks(self) -> MultipartCallbacks:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": lambda chunk, start, end: self._add_header(0, chunk[start:end]),
+            "on_header_value": lambda chunk, start, end: self._add_header(1, chunk[start:end]),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._open,
+            "on_part_data": lambda chunk, start, end: self._add(chunk[start:end]),
+            "on_end": self._end,
+        }
+
+    async def drain(self) -> None:
+        pending, self._pending, self.num_pending = self._pending, [], 0
+        await _write(pending)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def check_complete(self) -> None:
+        for file in self._files.values():
+            file.flush()
+        if not self._complete:
+            raise RequestInvalid("the multipart body ends before its last boundary", code="invalid_multipart")
+        missing = next((name for name in FILES if name not in self._files), None)
+        if missing is not None:
+            raise AdapterInvalid(f"the part {missing!r} is missing", code="missing_file", param=missing)
+
+    def _begin(self) -> None:
+        self._disposition, self._name = b"", ""
+
+    def _add_header(self, which: int, text: bytes) -> None:
+        self._header[which] += text
+        if len(self._header[which]) > _MAX_PART_HEADER_BYTES:
+            raise RequestInvalid("a part's header is too long", code="invalid_multipart")
+
+    def _end_header(self) -> None:
+        name, value = (bytes(part) for part in self._header)
+        self._header = [bytearray(), bytearray()]
+        if name.lower() == b"content-disposition":
+            self._disposition = value
+
+    def _open(self) -> None:
+        name = parse_options_header(self._disposition)[1].get(b"name", b"").decode("latin-1")
+        if name not in {*FILES, "metadata"}:
+            raise RequestInvalid(
+                f"an upload has the parts {', '.join(FILES)} and metadata, not {name[:64]!r}",
+                code="invalid_multipart",
+                param=name[:64],
+            )
+        if name in self._names:
+            raise RequestInvalid(f"the part {name!r} comes twice", code="invalid_multipart", param=name)
+        self._names.add(name)
+        self._name = name
+        if name in FILES:
+            self._files[name] = (self._folder / name).open("xb")
+
+    def _add(self, content: bytes) -> None:
+        if self._name == "metadata":
+            self.metadata += content
+            if len(self.metadata) > MAX_METADATA_BYTES:
+                raise RequestInvalid(
+                    f"metadata may have {MAX_METADATA_BYTES} bytes", code="invalid_metadata", param="metadata"
+                )
+            return
+        self._pending.append((self._files[self._name], content))
+        self.num_pending += len(content)
+
+    def _end(self) -> None:
+        self._complete = True
