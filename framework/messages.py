@@ -24,6 +24,7 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...]
     min_replicas: int
     max_replicas: int
+    target_concurrency: int
     idle_timeout_s: float
     drain_timeout_s: float
     cold_start_timeout_s: float
@@ -31,6 +32,7 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_adapter_rank: int
     device_adapter_bytes: int
     host_cache_bytes: int
+    disk_cache_bytes: int
     max_num_seqs: int
     max_queue: int
     max_model_len: int
@@ -194,8 +196,13 @@ class Evict(Message):
 
 # host process <-> parked process
 class Fork(Message):
+    """Become, in a child, this replica."""
+
     replica_id: str
     device: str
+    address: str  # Unix socket to serve on
+    host_socket: str
+    options: HostOptions
 
 
 class Forked(Message):
@@ -216,6 +223,12 @@ class Parked(Message):
     stages: dict[str, float]
 
 
+class ParkFailed(Message):
+    """It can't get ready, and leaves."""
+
+    message: str
+
+
 RouterToHost = Hello | Wake | Forget | StatusRequest
 HostToRouter = Welcome | Refused | Replicas | WakeFailed | Status
 RouterToReplica = Submit | Cancel
@@ -223,4 +236,4 @@ ReplicaToRouter = Step | Rejected
 ReplicaToHost = ReplicaHello | ReplicaReady | ReplicaLoad | FetchAdapter
 HostToReplica = Drain | AdapterReady | AdapterUnavailable | Evict
 HostToParked = Fork
-ParkedToHost = Parked | Forked | Reaped
+ParkedToHost = Parked | ParkFailed | Forked | Reaped

@@ -51,6 +51,7 @@ class Runner:
         logits: torch.Tensor = output.logits[0]
         return logits if last else logits[:0]
 
+    @torch.inference_mode()
     def wipe(self, row: Row) -> None:
         self._kv.wipe(row, {length: self._rows.num_rows(length) for length in self._rows.lengths})
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tunefleet.core import AdapterRef, FinishReason, LinearSpec, Manifest
@@ -37,11 +38,10 @@ class EngineLimits:
     max_queue: int = 1024
 
 
-@dataclasses.dataclass
-class _Loaded:
-    """An adapter's prepared file at hand."""
+class _Loaded(NamedTuple):
+    """An adapter's prepared file, mapped: it stays readable even if the host tier drops the file."""
 
-    path: Path
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
     download_s: float
     load_s: float
 
@@ -83,27 +83,35 @@ class Engine:
         self._linears = manifest.linears
         self._clock = clock
         self._loaded: dict[str, _Loaded] = {}
+        self._fetching: set[str] = set()
         self._runner = Runner(model, KvRows(device), self.rows, self.banks, device)
         self._news: list[Progress] = []
 
-    def add(self, work: Submit) -> AdapterRef | None:
-        """Takes a sequence in.
-
-        Returns:
-            The adapter to fetch for it, when neither a slot nor a prepared file is at hand: answer with
-            ``adapter_loaded`` or ``adapter_failed``.
-        """
+    def add(self, work: Submit) -> None:
+        """Takes a sequence in; a refusal is the next step's news."""
         refusal = self._refusal(work)
         if refusal:
             self._fail(work.request_id, *refusal)
-            return None
+            return
         sequence = Sequence.of(work)
         sequence.added_at = self._clock()
+        sequence.adapter_cold = work.adapter is not None and self.slots.lookup(work.adapter.digest) is None
         self.scheduler.add(sequence)
-        if sequence.adapter is None or self.slots.lookup(sequence.adapter.digest) is not None:
-            return None
-        sequence.adapter_cold = True
-        return None if sequence.adapter.digest in self._loaded else sequence.adapter
+
+    def missing_adapters(self) -> list[AdapterRef]:
+        """Adapters to fetch now, each named once until it is loaded or failed.
+
+        Only as many as there are slots, so that a long queue doesn't pull everything into memory at once.
+        """
+        wanted: dict[str, AdapterRef] = {}
+        for sequence in self.scheduler.waiting:
+            if sequence.adapter is not None and self.slots.lookup(sequence.adapter.digest) is None:
+                wanted[sequence.adapter.digest] = sequence.adapter
+                if len(wanted) == self._limits.max_active_adapters:
+                    break
+        missing = [ref for digest, ref in wanted.items() if digest not in self._loaded.keys() | self._fetching]
+        self._fetching.update(ref.digest for ref in missing)
+        return missing
 
     def cancel(self, request_id: str) -> None:
         """Ends a sequence at once, whatever it waits for; an unknown id is one that ended already."""
@@ -112,11 +120,16 @@ class Engine:
             self.scheduler.finish(sequence, FinishReason.CANCELLED)
 
     def adapter_loaded(self, digest: str, path: Path, download_s: float, load_s: float) -> None:
-        """A prepared file can be mapped from now on."""
-        self._loaded[digest] = _Loaded(path, download_s, load_s)
+        """Maps a prepared file; its sequences join as soon as there is a slot."""
+        self._fetching.discard(digest)
+        try:
+            self._loaded[digest] = _Loaded(_map_prepared(path, self._linears), download_s, load_s)
+        except AdapterLoadFailed as error:
+            self.adapter_failed(digest, error.message, error.code, retry_after_s=1.0)
 
     def adapter_failed(self, digest: str, message: str, code: str, retry_after_s: float = 0.0) -> None:
         """Ends the sequences that wait for this adapter, and only those."""
+        self._fetching.discard(digest)
         for sequence in [s for s in self.scheduler.waiting if s.digest == digest]:
             self.scheduler.finish(sequence, FinishReason.ERROR)
             self._fail(sequence.request_id, message, code, retry_after_s)
@@ -129,10 +142,6 @@ class Engine:
         if self.slots.lookup(digest) is not None:
             self.banks.empty(self.slots.deactivate(digest))
         return True
-
-    @property
-    def has_news(self) -> bool:
-        return bool(self._news)
 
     def step(self) -> list[Progress]:
         """Runs one step; what it did, per sequence. Empty when nothing can run now."""
@@ -151,25 +160,11 @@ class Engine:
         while (admission := self.scheduler.admit(self._loaded.keys())) is not None:
             sequence = admission.sequence
             sequence.admitted_at = self._clock()
-            if admission.activation is None or sequence.adapter is None:
-                continue
-            loaded = self._loaded[sequence.adapter.digest]
-            try:
-                self.banks.fill(admission.activation.slot, _read_prepared(loaded.path, self._linears))
-            except (AdapterLoadFailed, OSError) as error:
-                self._activation_failed(sequence, str(error))
-                continue
-            sequence.download_s, sequence.load_s = loaded.download_s, loaded.load_s
-            sequence.activate_s = self._clock() - sequence.admitted_at
-
-    def _activation_failed(self, sequence: Sequence, message: str) -> None:
-        """The slot goes back to zeros; the file is not tried again."""
-        assert sequence.digest is not None
-        self.scheduler.finish(sequence, FinishReason.ERROR)
-        self.banks.empty(self.slots.deactivate(sequence.digest))
-        self._loaded.pop(sequence.digest, None)
-        self._fail(sequence.request_id, message, "adapter_load_failed", 1.0)
-        self.adapter_failed(sequence.digest, message, "adapter_load_failed", 1.0)
+            if admission.activation is not None and sequence.digest is not None:
+                loaded = self._loaded.pop(sequence.digest)
+                self.banks.fill(admission.activation.slot, loaded.weights)
+                sequence.download_s, sequence.load_s = loaded.download_s, loaded.load_s
+                sequence.activate_s = self._clock() - sequence.admitted_at
 
     def _run(self, batch: Batch) -> None:
         self.num_steps += 1
@@ -246,17 +241,20 @@ def slot_dtype(manifest: Manifest, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else getattr(torch, manifest.dtype)  # type: ignore[no-any-return]
 
 
-def _read_prepared(path: Path, linears: dict[str, LinearSpec]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Maps a prepared file: per layer ``A [r, in]`` and ``B [r, out]``."""
+def _map_prepared(path: Path, linears: dict[str, LinearSpec]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Per layer ``A [r, in]`` and ``B [r, out]`` of a prepared file.
+
+    Raises:
+        AdapterLoadFailed: it can't be read, or is not for this base.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = [name.removesuffix(".A") for name in file.keys() if name.endswith(".A")]  # noqa: SIM118
             weights = {name: (file.get_tensor(f"{name}.A"), file.get_tensor(f"{name}.B")) for name in names}
-    except Exception as error:  # safetensors raises its own class, not exported under one stable name
+    except (OSError, SafetensorError) as error:
         raise AdapterLoadFailed(f"the prepared adapter can't be read: {error}") from error
     for name, (a, b) in weights.items():
         spec = linears.get(name)
         if spec is None or a.shape[1] != spec.in_features or b.shape[1] != spec.out_features:
             raise AdapterLoadFailed(f"the prepared adapter doesn't fit the base at {name}")
     return weights
-

@@ -57,7 +57,7 @@ def prepare(spec: str, folder: Path, *, name: str, dtype: str, cache_dir: Path, 
             save_model(model.to(getattr(torch, dtype)), out)
             model.config.save_pretrained(out)
             manifest = msgspec.structs.replace(manifest, dtype=dtype)
-        _write_manifest(manifest, out)
+        write_manifest(manifest, out)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(out, folder)
     print(f"prepared {name} as {dtype}", flush=True)
@@ -85,11 +85,11 @@ def describe(model: PreTrainedModel, *, name: str, weights_sha256: str, dtype: s
 def _write_and_probe(model: PreTrainedModel, manifest: Manifest, out: Path) -> Manifest:
     """The probe runs on what was written: it checks the mapping of weights and buffers too."""
     save_model(model, out)
-    _write_manifest(manifest, out)
+    write_manifest(manifest, out)
     return msgspec.structs.replace(manifest, probe_max_diff=probe(model, manifest, out))
 
 
-def _write_manifest(manifest: Manifest, out: Path) -> None:
+def write_manifest(manifest: Manifest, out: Path) -> None:
     (out / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 

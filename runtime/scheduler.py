@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Collection
 from typing import NamedTuple
 
 from tunefleet.core import FinishReason
@@ -84,7 +85,7 @@ class Scheduler:
         self._sequences[sequence.request_id] = sequence
         self.waiting.append(sequence)
 
-    def admit(self, loaded: frozenset[str] | set[str] | dict[str, object]) -> Admission | None:
+    def admit(self, loaded: Collection[str]) -> Admission | None:
         """Lets the first waiting sequence join whose adapter can be resident; the caller repeats until None.
 
         Args:

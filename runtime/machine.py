@@ -1,0 +1,448 @@
+"""The router's side of this machine: joins or starts the host process, and streams from replicas.
+
+Implements ``runtime.dispatch.Dispatcher``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from tunefleet.config import Options, runtime_dir
+from tunefleet.core import FinishReason, Manifest, ReplicaInfo
+from tunefleet.errors import AdapterLoadFailed, CapacityError, ConfigError, ReplicaError, TunefleetError
+from tunefleet.messages import (
+    Cancel,
+    Forget,
+    Hello,
+    HostOptions,
+    HostToRouter,
+    Progress,
+    Refused,
+    Rejected,
+    Replicas,
+    ReplicaToRouter,
+    Status,
+    StatusRequest,
+    Step,
+    Submit,
+    Wake,
+    WakeFailed,
+    Welcome,
+)
+from tunefleet.runtime.base import resolve_devices
+from tunefleet.runtime.host import HOST_SOCKET
+from tunefleet.runtime.placement import choose
+from tunefleet.runtime.wire import Connection
+
+HOST_START_TIMEOUT_S = 30.0
+MAX_REPLICA_LOSSES = 2  # a request that outlives so many replicas may be what ends them
+DEFAULT_MODEL_LEN = 2048
+_LOST = object()  # in a run's queue: its replica is gone
+_CLOSED = object()  # in a run's queue: nobody wants the rest
+
+_children: list[subprocess.Popen[bytes]] = []  # host processes that we started; they outlive us
+
+
+def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOptions:
+    """What the host process needs to know of the options, with every "as many as" default filled in."""
+    devices = resolve_devices(options)
+    max_replicas = options.max_replicas or len(devices)
+    cores = len(os.sched_getaffinity(0))
+    return HostOptions(
+        base_dir=str(base_dir),
+        store_url=options.store_url,
+        cache_dir=options.cache_dir,
+        devices=devices,
+        min_replicas=options.min_replicas,
+        max_replicas=max_replicas,
+        target_concurrency=options.target_concurrency or options.max_num_seqs,
+        idle_timeout_s=options.idle_timeout_s,
+        drain_timeout_s=options.drain_timeout_s,
+        cold_start_timeout_s=options.cold_start_timeout_s,
+        max_active_adapters=options.max_active_adapters or options.max_num_seqs,
+        max_adapter_rank=options.max_adapter_rank,
+        device_adapter_bytes=options.device_adapter_bytes,
+        host_cache_bytes=options.host_cache_bytes,
+        disk_cache_bytes=options.disk_cache_bytes,
+        max_num_seqs=options.max_num_seqs,
+        max_queue=options.max_queue,
+        max_model_len=min(options.max_model_len or DEFAULT_MODEL_LEN, manifest.max_model_len),
+        threads_per_replica=options.threads_per_replica or max(1, cores // max_replicas),
+    )
+
+
+class Machine:
+    """Lives from ``start`` to ``close`` of its router; a lost host process is started again and joined."""
+
+    def __init__(self, options: Options, manifest: Manifest, base_dir: Path) -> None:
+        self._options = host_options(options, manifest, base_dir)
+        self._folder = runtime_dir(options.cache_dir)
+        self._log = Path(options.cache_dir) / "host.log"
+        self._host: Connection[HostToRouter] | None = None
+        self._welcome: asyncio.Future[Welcome] | None = None
+        self._status: list[asyncio.Future[Status]] = []
+        self._replicas: tuple[ReplicaInfo, ...] = ()
+        self._changed = asyncio.Event()
+        self._failed_wakes: dict[str, WakeFailed] = {}
+        self._channels: dict[str, asyncio.Future[Channel]] = {}
+        self._closing = False
+        self._joining: asyncio.Task[None] | None = None
+
+    @property
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        return self._replicas
+
+    async def start(self) -> None:
+        """Joins the host process, starting it if there is none.
+
+        Raises:
+            ConfigError: one runs for the same cache_dir with other options.
+        """
+        await self._join()
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._joining is not None:
+            self._joining.cancel()
+        for future in self._channels.values():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().close()
+        if self._host is not None:
+            self._host.close()
+        await asyncio.sleep(0)
+
+    def submit(self, work: Submit) -> MachineRun:
+        return MachineRun(self, work)
+
+    async def warmup(self) -> float:
+        started = time.monotonic()
+        await self.place(f"warmup-{uuid.uuid4().hex}", None)
+        return time.monotonic() - started
+
+    async def forget(self, digest: str) -> None:
+        await self._joined()
+        assert self._host is not None
+        self._host.send(Forget(digest=digest))
+
+    async def status(self) -> Status:
+        await self._joined()
+        assert self._host is not None
+        future: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        self._status.append(future)
+        self._host.send(StatusRequest())
+        return await asyncio.wait_for(future, HOST_START_TIMEOUT_S)
+
+    async def place(self, request_id: str, digest: str | None) -> ReplicaInfo:
+        """A READY replica, waking one if there is none.
+
+        Raises:
+            CapacityError: none within ``cold_start_timeout_s``, or its start failed.
+        """
+        timeout_s = self._options.cold_start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._place(request_id, digest)
+        except TimeoutError:
+            raise CapacityError(
+                f"no replica was ready within {timeout_s:g} s; try again, or raise cold_start_timeout_s",
+                code="cold_start_timeout",
+                retry_after_s=5.0,
+            ) from None
+
+    async def channel(self, replica: ReplicaInfo) -> Channel:
+        """The connection to a replica, one per replica however many ask."""
+        future = self._channels.get(replica.address)
+        if future is None:
+            future = asyncio.ensure_future(self._open_channel(replica))
+            self._channels[replica.address] = future
+        return await asyncio.shield(future)
+
+    async def _place(self, request_id: str, digest: str | None) -> ReplicaInfo:
+        asked_on: object = None
+        while True:
+            await self._joined()
+            replica = choose(self._replicas, digest)
+            if replica is not None:
+                return replica
+            if asked_on is not self._host and self._host is not None:
+                asked_on = self._host
+                self._host.send(Wake(request_id=request_id))
+            changed = self._changed
+            await changed.wait()
+            failed = self._failed_wakes.pop(request_id, None)
+            if failed is not None:
+                raise CapacityError(
+                    f"no replica could be started: {failed.message}",
+                    code="replica_start_failed",
+                    retry_after_s=failed.retry_after_s,
+                )
+
+    def _notify(self) -> None:
+        """Wakes everyone who waits for a change."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    # ---- host process
+
+    async def _joined(self) -> None:
+        if self._joining is not None:
+            await asyncio.shield(self._joining)
+
+    async def _join(self) -> None:
+        deadline = time.monotonic() + HOST_START_TIMEOUT_S
+        while True:
+            try:
+                welcome = await self._hello()
+                break
+            except (OSError, EOFError) as error:
+                if time.monotonic() > deadline:
+                    raise ReplicaError(
+                        f"the host process doesn't come up; its log is {self._log}", code="host_unavailable"
+                    ) from error
+                await asyncio.to_thread(self._ensure_host)
+                await asyncio.sleep(0.02)
+        self._replicas = welcome.replicas
+        self._notify()
+
+    async def _hello(self) -> Welcome:
+        loop = asyncio.get_running_loop()
+        self._welcome = loop.create_future()
+        _, self._host = await loop.create_unix_connection(
+            lambda: Connection[HostToRouter](HostToRouter, self._on_host, self._on_host_gone),
+            str(self._folder / HOST_SOCKET),
+        )
+        self._host.send(Hello(options=self._options))
+        return await self._welcome
+
+    def _ensure_host(self) -> None:
+        """Starts the host process unless one holds the lock; two routers at once start one."""
+        with (self._folder / "start.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_locked(self._folder / "host.lock"):
+                return
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "tunefleet.runtime.host", self._options.cache_dir]
+            _children[:] = [child for child in _children if child.poll() is None]
+            with self._log.open("ab") as log:
+                _children.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    )
+                )
+            deadline = time.monotonic() + HOST_START_TIMEOUT_S
+            while not _is_locked(self._folder / "host.lock") and time.monotonic() < deadline:
+                if _children[-1].poll() is not None:
+                    return
+                time.sleep(0.01)
+
+    def _on_host(self, host: Connection[HostToRouter], message: HostToRouter) -> None:
+        match message:
+            case Welcome():
+                if self._welcome is not None and not self._welcome.done():
+                    self._welcome.set_result(message)
+            case Refused():
+                if self._welcome is not None and not self._welcome.done():
+                    self._welcome.set_exception(ConfigError(message.message))
+            case Replicas():
+                self._replicas = message.replicas
+            case WakeFailed():
+                self._failed_wakes[message.request_id] = message
+            case Status():
+                for future in self._status:
+                    if not future.done():
+                        future.set_result(message)
+                self._status.clear()
+        self._notify()
+
+    def _on_host_gone(self, host: Connection[HostToRouter]) -> None:
+        if self._welcome is not None and not self._welcome.done():
+            self._welcome.set_exception(EOFError("the host process closed the connection"))
+        elif host is self._host and not self._closing:
+            self._replicas = ()
+            self._joining = asyncio.get_running_loop().create_task(self._rejoin())
+            self._notify()
+
+    async def _rejoin(self) -> None:
+        """A killed host process comes back; requests are held meanwhile."""
+        try:
+            await self._join()
+        finally:
+            self._joining = None
+            self._notify()
+
+    # ---- replicas
+
+    async def _open_channel(self, replica: ReplicaInfo) -> Channel:
+        channel = Channel(on_close=lambda: self._channels.pop(replica.address, None))
+        try:
+            await channel.open(replica.address)
+        except OSError:
+            self._channels.pop(replica.address, None)
+            self.disregard(replica.replica_id)
+            raise
+        return channel
+
+    def disregard(self, replica_id: str) -> None:
+        """A replica takes nothing any more; don't choose it again before the host process says otherwise."""
+        self._replicas = tuple(replica for replica in self._replicas if replica.replica_id != replica_id)
+
+
+class Channel:
+    """A connection to one replica, shared by all of a router's runs on it."""
+
+    def __init__(self, on_close: object) -> None:
+        self._connection: Connection[ReplicaToRouter] | None = None
+        self._queues: dict[str, asyncio.Queue[object]] = {}
+        self._on_closed = on_close
+
+    async def open(self, address: str) -> None:
+        _, self._connection = await asyncio.get_running_loop().create_unix_connection(
+            lambda: Connection[ReplicaToRouter](ReplicaToRouter, self._on_message, self._on_close), address
+        )
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def submit(self, work: Submit) -> asyncio.Queue[object]:
+        """The queue gets Progress items, Rejected, or ``_LOST``."""
+        queue: asyncio.Queue[object] = asyncio.Queue()
+        if self._connection is None or not self._connection.is_open:
+            queue.put_nowait(_LOST)
+        else:
+            self._queues[work.request_id] = queue
+            self._connection.send(work)
+        return queue
+
+    def leave(self, request_id: str, *, cancel: bool) -> None:
+        if self._queues.pop(request_id, None) is not None and cancel and self._connection is not None:
+            self._connection.send(Cancel(request_id=request_id))
+
+    def _on_message(self, _: Connection[ReplicaToRouter], message: ReplicaToRouter) -> None:
+        if isinstance(message, Rejected):
+            self._put(message.request_id, message)
+        elif isinstance(message, Step):
+            for progress in message.items:
+                self._put(progress.request_id, progress)
+
+    def _put(self, request_id: str, item: object) -> None:
+        queue = self._queues.get(request_id)
+        if queue is not None:
+            queue.put_nowait(item)
+
+    def _on_close(self, _: Connection[ReplicaToRouter]) -> None:
+        self._on_closed()  # type: ignore[operator]
+        for queue in self._queues.values():
+            queue.put_nowait(_LOST)
+        self._queues.clear()
+
+
+class MachineRun:
+    """One sequence, on one replica after another if need be; see ``dispatch.Run``."""
+
+    def __init__(self, machine: Machine, work: Submit) -> None:
+        self.wake_s = 0.0
+        self.cold_base = False
+        self.replica_id = ""
+        self._machine = machine
+        self._work = work
+        self._generated: list[int] = list(work.generated)
+        self._channel: Channel | None = None
+        self._queue: asyncio.Queue[object] | None = None
+        self._finished = False
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        num_losses = 0
+        try:
+            while not self._finished:
+                queue = self._queue = await self._place()
+                while not self._finished:
+                    item = await queue.get()
+                    if isinstance(item, Progress):
+                        yield self._take(item)
+                    else:
+                        num_losses += item is _LOST
+                        self._machine.disregard(self.replica_id)
+                        self._leave(cancel=False)
+                        break
+                if num_losses > MAX_REPLICA_LOSSES:
+                    raise ReplicaError(
+                        f"the request was running each time when {num_losses} replicas ended; it is not tried again",
+                        code="replica_lost",
+                    )
+        finally:
+            self._leave(cancel=not self._finished)
+
+    async def aclose(self) -> None:
+        self._leave(cancel=not self._finished)
+        self._finished = True
+        if self._queue is not None:
+            self._queue.put_nowait(_CLOSED)
+
+    async def _place(self) -> asyncio.Queue[object]:
+        """Hands the sequence to a replica, with what earlier ones generated."""
+        started = time.monotonic()
+        digest = self._work.adapter.digest if self._work.adapter else None
+        is_first = not self.replica_id
+        if is_first:
+            self.cold_base = choose(self._machine.replicas, digest) is None
+        while True:
+            replica = await self._machine.place(self._work.request_id, digest)
+            with contextlib.suppress(OSError):
+                self._channel = await self._machine.channel(replica)
+                break
+        self.replica_id = replica.replica_id
+        if is_first and self.cold_base:
+            self.wake_s = time.monotonic() - started
+        return self._channel.submit(_with_generated(self._work, self._generated))
+
+    def _take(self, progress: Progress) -> Progress:
+        if progress.finish_reason is FinishReason.ERROR:
+            self._finished = True
+            raise _error(progress)
+        self._generated += progress.tokens
+        self._finished = progress.finish_reason is not None
+        return progress
+
+    def _leave(self, *, cancel: bool) -> None:
+        if self._channel is not None:
+            self._channel.leave(self._work.request_id, cancel=cancel)
+            self._channel = None
+
+
+def _with_generated(work: Submit, generated: list[int]) -> Submit:
+    return Submit(
+        request_id=work.request_id,
+        prompt=work.prompt,
+        sampling=work.sampling,
+        adapter=work.adapter,
+        generated=tuple(generated),
+    )
+
+
+def _error(progress: Progress) -> TunefleetError:
+    if progress.error_code == "queue_full":
+        return CapacityError(progress.error, code="queue_full", retry_after_s=progress.retry_after_s or 1.0)
+    if progress.error_code.startswith(("adapter_", "store_")):
+        return AdapterLoadFailed(
+            progress.error, code=progress.error_code, retry_after_s=progress.retry_after_s or None
+        )
+    return ReplicaError(progress.error, code=progress.error_code)
+
+
+def _is_locked(path: Path) -> bool:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
