@@ -130,6 +130,7 @@ def _write(out: BinaryIO, chunk: bytes) -> None:
     """Apart from reading: a full disk is our trouble, bytes that don't decompress are the sender's."""
     try:
         out.write(chunk)
+        out.flush()
     except OSError as error:
         raise StoreError(f"the upload can't be unpacked: {error.strerror}") from error
 

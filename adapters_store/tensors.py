@@ -148,7 +148,7 @@ def _entry(name: str, value: JsonValue, data_start: int) -> TensorEntry:
     if len(name) > MAX_NAME_CHARS or not _NAME.fullmatch(name):
         raise _invalid(
             f"the tensor name {shown(name)} is not 1 to {MAX_NAME_CHARS} printable ASCII characters",
-            name[:MAX_NAME_CHARS],
+            name[:MAX_NAME_CHARS] or "adapter_model.safetensors",
         )
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise _invalid(f"{name} must have exactly dtype, shape and data_offsets", name)

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunefleet.adapters_store import lora_config
+from tunefleet.adapters_store.lora_config import LoraConfig, matches, parse_lora_config
+from tunefleet.errors import AdapterInvalid
+
+
+def parse(**fields: object) -> LoraConfig:
+    return parse_lora_config(json.dumps({"peft_type": "LORA", **fields}).encode())
+
+
+def refusal_of(raw: bytes) -> AdapterInvalid:
+    with pytest.raises(AdapterInvalid) as refusal:
+        parse_lora_config(raw)
+    return refusal.value
+
+
+def refused(**fields: object) -> AdapterInvalid:
+    return refusal_of(json.dumps({"peft_type": "LORA", **fields}).encode())
+
+
+def test_the_smallest_config_has_pefts_defaults() -> None:
+    config = parse(target_modules=["q_proj"])
+    assert LoraConfig(target_modules=("q_proj",)) == config
+    assert config.module_scale("model.layers.0.self_attn.q_proj") == (8, 1.0)
+
+
+# What PEFT 0.21 saves for LoraConfig(r=16, ...), with every field it knows.
+SAVED_BY_PEFT = {
+    "task_type": "CAUSAL_LM",
+    "auto_mapping": None,
+    "peft_version": "0.21.2",
+    "base_model_name_or_path": "unsloth/tiny",
+    "revision": None,
+    "inference_mode": True,
+    "r": 16,
+    "target_modules": ["q_proj", "v_proj"],
+    "exclude_modules": None,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "use_rslora": True,
+    "modules_to_save": None,
+    "init_lora_weights": "eva",
+    "layers_to_transform": [0, 999],
+    "layers_pattern": None,
+    "rank_pattern": {"q_proj": 4},
+    "alpha_pattern": {},
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "trainable_token_indices": None,
+    "loftq_config": {},
+    "eva_config": {"rho": 2.0},
+    "corda_config": None,
+    "lora_ga_config": None,
+    "use_dora": False,
+    "velora_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "qalora_group_size": 16,
+    "monteclora_config": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "target_parameters": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "ensure_weight_tying": False,
+}
+
+
+def test_a_config_as_peft_saves_it_is_read() -> None:
+    config = parse(**SAVED_BY_PEFT)
+    assert config.module_scale("model.layers.0.self_attn.q_proj") == (4, 16.0)
+    assert config.module_scale("model.layers.0.self_attn.v_proj") == (16, 8.0)
+    assert config.base_model_name_or_path == "unsloth/tiny"
+
+
+def test_every_field_of_the_installed_peft_is_known_by_name() -> None:
+    from peft import LoraConfig as PeftLoraConfig
+
+    parsed = {"peft_type", "init_lora_weights", "auto_mapping", *LoraConfig.__struct_fields__}
+    known = parsed | lora_config._WITHOUT_EFFECT | lora_config._NOT_SERVED.keys()
+    assert set() == {field.name for field in dataclasses.fields(PeftLoraConfig)} - known
+
+
+NOT_OBJECTS = {
+    "empty": b"",
+    "not JSON": b"{r: 8}",
+    "a list": b"[]",
+    "a string": b'"LORA"',
+    "null": b"null",
+    "byte order mark": b"\xef\xbb\xbf{}",
+    "UTF-16": '{"peft_type": "LORA"}'.encode("utf-16"),
+    "10 MB": b'{"peft_type": "LORA", "x": "' + b"a" * 10_000_000 + b'"}',
+    "deep": b'{"peft_type": "LORA", "x": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+    "same key twice": b'{"peft_type": "LORA", "r": 8, "r": 4}',
+    "NaN": b'{"peft_type": "LORA", "lora_alpha": NaN}',
+    "Infinity": b'{"peft_type": "LORA", "lora_alpha": Infinity}',
+    "a number of 5000 digits": b'{"peft_type": "LORA", "r": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("raw", NOT_OBJECTS.values(), ids=NOT_OBJECTS.keys())
+def test_bytes_that_are_no_config_are_refused(raw: bytes) -> None:
+    refusal = refusal_of(raw)
+    assert (refusal.code, refusal.param) == ("invalid_adapter_config", "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("r", value) for value in (0, -4, 4.0, 8.5, "8", True, None, [8])),
+        *(("lora_alpha", value) for value in (0, 0.0, "16", True, None, [16])),
+        *(("use_rslora", value) for value in (1, "true", [])),
+        *(("fan_in_fan_out", value) for value in (1, "no")),
+        *(("rank_pattern", value) for value in ([], "q_proj", 4)),
+        *(("alpha_pattern", value) for value in ([], {f"m{n}": 1 for n in range(5000)})),
+        *(("target_modules", value) for value in (7, {"q": 1}, ["q_proj", 1])),
+        ("base_model_name_or_path", 5),
+        ("task_type", {}),
+        ("init_lora_weights", 3),
+    ],
+)
+def test_a_field_of_the_wrong_type_or_range_is_refused_by_name(field: str, value: object) -> None:
+    refusal = refused(**{field: value})
+    assert ("invalid_adapter_config", field) == (refusal.code, refusal.param)
+    assert field in refusal.message
+
+
+@pytest.mark.parametrize("number", [b"1e400", b"-1e400", b"1" + b"0" * 39])
+def test_a_number_beyond_floats_or_sense_is_refused(number: bytes) -> None:
+    refusal = refusal_of(b'{"peft_type": "LORA", "lora_alpha": ' + number + b', "r": 1e400}')
+    assert refusal.code == "invalid_adapter_config"
+    assert refusal.param in {"lora_alpha", "r"}
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "4", True, None, {}])
+def test_a_bad_rank_in_a_pattern_names_its_key(value: object) -> None:
+    refusal = refused(rank_pattern={"q_proj": 4, "v_proj": value})
+    assert (refusal.code, refusal.param) == ("invalid_adapter_config", "rank_pattern.v_proj")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("layer_replication", [[0, 4], [2, 5]]),
+        ("alora_invocation_tokens", [1]),
+        ("alora_invocation_tokens", []),
+        ("use_qalora", True),
+        ("use_bdlora", {}),
+        ("arrow_config", {}),
+        ("kasa_config", {}),
+        ("velora_config", {}),
+        ("monteclora_config", {"x": 1}),
+        ("megatron_config", {"a": 1}),
+        ("lora_bias", True),
+        ("auto_mapping", {"parent_library": "os", "func": "system"}),
+        ("auto_mapping", {"parent_library": "os; import x"}),
+        ("auto_mapping", ["os"]),
+        ("bias", "some"),
+        ("bias", True),
+        ("peft_type", "VERA"),
+        ("peft_type", "ADALORA"),
+        ("peft_type", "lora"),
+        ("peft_type", ["LORA"]),
+        ("a_field_of_tomorrow", True),
+        ("a_field_of_tomorrow", 0),
+        ("a_field_of_tomorrow", "on"),
+        ("a_field_of_tomorrow", {"x": None}),
+        ("rank_pattern", {"(a+)+$": 4}),
+        ("rank_pattern", {"layers\\.0": 4}),
+        ("rank_pattern", {".*": 4}),
+        ("rank_pattern", {"": 4}),
+        ("rank_pattern", {"q_proj|v_proj": 4}),
+        ("alpha_pattern", {"q_proj$": 4}),
+        ("alpha_pattern", {"q^proj": 4}),
+        *(
+            ("init_lora_weights", value)
+            for value in (
+                "pissa",
+                "pissa_niter_16",
+                "PiSSA",
+                "olora",
+                "OLoRA",
+                "corda",
+                "loftq",
+                "lora_ga",
+                "new",
+            )
+        ),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(field: str, value: object) -> None:
+    refusal = refused(**{field: value})
+    assert ("unsupported_feature", field) == (refusal.code, refusal.param)
+    assert field in refusal.message
+
+
+def test_a_config_without_peft_type_is_refused() -> None:
+    refusal = refusal_of(b'{"r": 8}')
+    assert (refusal.code, refusal.param) == ("invalid_adapter_config", "peft_type")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"a_field_of_tomorrow": None},
+        {"a_field_of_tomorrow": False},
+        {"a_field_of_tomorrow": []},
+        {"a_field_of_tomorrow": {}},
+        {"a_field_of_tomorrow": ""},
+        {"use_dora": None, "modules_to_save": [], "layer_replication": [], "target_parameters": []},
+        {"rank_pattern": None, "alpha_pattern": None, "bias": None, "use_rslora": None},
+        {"init_lora_weights": None},
+        *({"init_lora_weights": value} for value in (True, False, "gaussian", "eva", "orthogonal", "mica")),
+        {"bias": "all"},
+        {"target_modules": "(a+)+$"},
+        {"target_modules": []},
+        {"target_modules": ".*"},
+        {"runtime_config": {"ephemeral_gpu_offload": True}},
+        {"megatron_core": "os"},
+        {
+            "auto_mapping": {
+                "base_model_class": "LlamaForCausalLM",
+                "parent_library": "transformers.models.llama.x",
+            }
+        },
+        {"auto_mapping": {"base_model_class": "A", "parent_library": "b", "unsloth_fixed": True}},
+        {"lora_alpha": -16},
+        {"layers_to_transform": [999]},
+    ],
+)
+def test_what_has_no_effect_on_answers_is_accepted(fields: dict[str, object]) -> None:
+    assert parse(**fields).r == 8
+
+
+# Every key that is accepted, against PEFT's own rule.
+KEYS = st.text("ab._^", min_size=1, max_size=6).filter(lambda key: lora_config._PATTERN_KEY.fullmatch(key))
+PATHS = st.text("ab.", min_size=1, max_size=10)
+
+
+@given(KEYS, PATHS)
+@settings(max_examples=500, deadline=None)
+def test_a_pattern_key_means_what_it_means_to_peft(key: str, path: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    hit = object()
+    expected = {key: hit}.get(get_pattern_key([key], path)) is hit and bool(
+        re.match(rf"(.*\.)?({key})$", path)
+    )
+    assert expected == matches(key, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "expected"),
+    [
+        ("q_proj", "model.layers.0.self_attn.q_proj", True),
+        ("self_attn.q_proj", "model.layers.0.self_attn.q_proj", True),
+        ("attn.q_proj", "model.layers.0.self_attn.q_proj", False),
+        ("0.self_attn.q_proj", "model.layers.10.self_attn.q_proj", False),
+        ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj", True),
+        ("^model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj", True),
+        ("^q_proj", "model.layers.0.self_attn.q_proj", False),
+        ("q.proj", "model.layers.0.self_attn.q_proj", True),
+    ],
+)
+def test_pattern_keys_match_whole_names_from_the_end(key: str, path: str, expected: bool) -> None:
+    assert expected is matches(key, path)
+
+
+@pytest.fixture(scope="module")
+def peft_scales() -> Callable[..., dict[str, tuple[int, float]]]:
+    """A function from LoraConfig keywords to PEFT's own (rank, scaling) per module of a tiny Llama."""
+    import torch
+    from peft import LoraConfig as PeftLoraConfig
+    from peft.tuners.lora import LoraModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=4,
+    )
+
+    def scales(**fields: object) -> dict[str, tuple[int, float]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # keys that match nothing
+            with torch.device("meta"):
+                model = LlamaForCausalLM(tiny)
+                peft = LoraModel(model, PeftLoraConfig(target_modules="all-linear", **fields), "default")
+        return {
+            name: (module.r["default"], module.scaling["default"])
+            for name, module in peft.model.named_modules()
+            if hasattr(module, "lora_A")
+        }
+
+    return scales
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"r": 16, "lora_alpha": 32},
+        {"r": 3, "lora_alpha": 7.5, "use_rslora": True},
+        {"lora_alpha": -4},
+        {"r": 8, "rank_pattern": {"q_proj": 4, "v_proj": 2}},
+        {"r": 8, "rank_pattern": {"layers.0.self_attn.q_proj": 3, "q_proj": 4}},
+        {"r": 8, "rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 3}},
+        {"r": 8, "rank_pattern": {"^model.layers.1.mlp.up_proj": 5, "up_proj": 2}, "use_rslora": True},
+        {"r": 8, "alpha_pattern": {"self_attn.k_proj": 1, "down_proj": 3.25}},
+        {
+            "r": 6,
+            "lora_alpha": 10,
+            "use_rslora": True,
+            "rank_pattern": {"o_proj": 5, "layers.1.mlp.gate_proj": 7},
+            "alpha_pattern": {"mlp.gate_proj": 0.5, "o_proj": 100, "proj": 3, "no_such": 9},
+        },
+        {"rank_pattern": {"q.proj": 2, "..proj": 5}},
+    ],
+)
+def test_rank_and_scaling_are_pefts(
+    peft_scales: Callable[..., dict[str, tuple[int, float]]], fields: dict[str, object]
+) -> None:
+    expected = peft_scales(**fields)
+    config = parse(**fields)
+    assert len(expected) == 14
+    assert expected == {path: tuple(config.module_scale(path)) for path in expected}

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+import adapter_factory as factory
+from tunefleet.adapters_store.tensors import MAX_HEADER_BYTES, read_tensors
+from tunefleet.errors import AdapterInvalid
+
+
+def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def one(name: str = "t", content: int = 8, **fields: object) -> bytes:
+    return factory.with_header({name: entry(**fields)}, b"\0" * content)  # type: ignore[arg-type]
+
+
+def two(first: tuple[int, int], second: tuple[int, int], content: int) -> bytes:
+    return factory.with_header({"t": entry(offsets=first), "u": entry(offsets=second)}, b"\0" * content)
+
+
+def length(value: int, rest: bytes = b"") -> bytes:
+    return value.to_bytes(8, "little") + rest
+
+
+MALFORMED = {
+    "empty": (b"", "0 bytes"),
+    **{f"{count} bytes": (b"x" * count, f"{count} bytes") for count in range(1, 8)},
+    "only a length": (length(2), "8 bytes"),
+    "header of 2**64 - 1": (length(2**64 - 1, b"{}" * 9), "header would be"),
+    "header of 101 MB": (length(101_000_000, b"{}" * 9), "header would be"),
+    "header of 1 MiB + 1": (length(MAX_HEADER_BYTES + 1, b"{" + b" " * MAX_HEADER_BYTES), "header would be"),
+    "header of 2**63": (length(2**63, b"{}" * 9), "header would be"),
+    "header of nothing": (length(0, b"{}"), "doesn't fit"),
+    "header longer than the file": (length(100, b"{}"), "doesn't fit"),
+    "a pickle, renamed": (b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00}\x94.", "header would be"),
+    "a zip, renamed": (b"PK\x03\x04" + b"\0" * 30, "header"),
+    "not JSON": (factory.with_header(b"{nonsense", b""), "not valid JSON"),
+    "a list": (factory.with_header(b"[]", b""), "start with"),
+    "byte order mark": (factory.with_header(b"\xef\xbb\xbf{}", b""), "start with"),
+    "not UTF-8": (factory.with_header(b'{"\xff": 1}', b""), "not UTF-8"),
+    "deep JSON": (factory.with_header(b'{"t":' + b"[" * 100_000, b""), "deeper"),
+    "metadata not an object": (factory.with_header({"__metadata__": [1]}, b""), "__metadata__"),
+    "metadata not text": (factory.with_header({"__metadata__": {"a": 1}}, b""), "__metadata__"),
+    "same name twice": (
+        factory.with_header(b'{"t":%s,"t":%s}' % ((json.dumps(entry()).encode(),) * 2), b"\0" * 8),
+        "'t' twice",
+    ),
+    "more than 20,000 tensors": (
+        factory.with_header(b"{" + b",".join(b'"%d":1' % number for number in range(20_001)) + b"}", b""),
+        "20001 tensors",
+    ),
+    "a hundred thousand names": (
+        factory.with_header(b"{" + b",".join(b'"%d":1' % number for number in range(100_000)) + b"}", b""),
+        "header would be|tensors",
+    ),
+    "entry is not an object": (factory.with_header({"t": 1}, b""), "t must have"),
+    "entry has a field more": (factory.with_header({"t": {**entry(), "x": 1}}, b"\0" * 8), "t must have"),
+    "entry has a field less": (
+        factory.with_header({"t": {"dtype": "F32", "shape": [2]}}, b""),
+        "t must have",
+    ),
+    "name with NUL": (one("a\0b"), "tensor name"),
+    "name with a newline": (one("a\nb"), "tensor name"),
+    "name not ASCII": (one("ä"), "tensor name"),
+    "name empty": (one(""), "tensor name"),
+    "name of 100 kB": (one("n" * 100_000), "tensor name"),
+    "dtype a number": (one(dtype=4), "t has dtype"),
+    "shape not a list": (one(shape="2"), "t has a shape"),
+    "shape with a float": (one(shape=[2.0]), "t has a shape"),
+    "shape with a bool": (one(shape=[True, 2]), "t has a shape"),
+    "shape with a negative": (one(shape=[-2]), "t has a shape"),
+    "shape with a zero": (one(shape=[0], offsets=[0, 0], content=0), "t has a shape"),
+    "shape of 10,000 dimensions": (one(shape=[1] * 10_000, offsets=[0, 4], content=4), "t has a shape"),
+    "shape whose product overflows": (one(shape=[2**31 - 1] * 8), "t needs"),
+    "shape of 2**40": (one(shape=[2**40]), "t has a shape"),
+    "offsets are floats": (one(offsets=[0.0, 8.0]), "t has data_offsets"),
+    "offsets reversed": (one(offsets=[8, 0]), "t has data_offsets"),
+    "offsets negative": (one(offsets=[-8, 0]), "t has data_offsets"),
+    "offsets of three": (one(offsets=[0, 4, 8]), "t has data_offsets"),
+    "offsets don't fit the shape": (one(offsets=[0, 4], content=4), "t needs 8 bytes"),
+    "overlap": (two((0, 8), (4, 12), 12), "u overlaps"),
+    "same bytes twice": (two((0, 8), (0, 8), 8), "overlaps"),
+    "hole before": (one(offsets=[8, 16], content=16), "t leaves a hole"),
+    "hole between": (two((0, 8), (12, 20), 20), "u leaves a hole"),
+    "trailing bytes": (one(content=9), "bytes behind"),
+    "trailing bytes, no tensor": (factory.with_header({}, b"x"), "bytes behind"),
+    "cut off": (one(content=7), "cut off"),
+    "offsets far behind the file": (one(shape=[2**30], offsets=[0, 2**32]), "cut off"),
+}
+
+
+@pytest.mark.parametrize(("raw", "problem"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_file_is_refused_with_its_reason(tmp_path: Path, raw: bytes, problem: str) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(raw)
+    with pytest.raises(AdapterInvalid, match=problem) as refusal:
+        read_tensors(path)
+    assert refusal.value.code in {"invalid_safetensors", "unsupported_dtype"}
+    assert refusal.value.param
+
+
+@pytest.mark.parametrize(
+    "dtype", ["F64", "F8_E4M3", "F8_E5M2", "I64", "I32", "I8", "U8", "BOOL", "C64", "F4", "f32", ""]
+)
+def test_a_dtype_that_is_not_served_is_named(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(one(dtype=dtype))
+    with pytest.raises(AdapterInvalid, match=f"t has dtype '{dtype}'") as refusal:
+        read_tensors(path)
+    assert (refusal.value.code, refusal.value.param) == ("unsupported_dtype", "t")
+
+
+def test_a_folder_a_missing_file_and_a_fifo_are_refused(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "fifo")
+    for path, problem in (
+        (tmp_path, "regular"),
+        (tmp_path / "none", "opened"),
+        (tmp_path / "fifo", "regular"),
+    ):
+        with pytest.raises(AdapterInvalid, match=problem):
+            read_tensors(path)
+
+
+def test_a_file_cut_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(one())
+    with read_tensors(path) as tensors:
+        path.write_bytes(b"")
+        with pytest.raises(AdapterInvalid, match="ended while it was read"):
+            tensors.array("t")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_values_of_each_dtype_are_read_exactly(tmp_path: Path, dtype: str) -> None:
+    values = np.array([[0.0, -1.5, 2.0**-14], [65504.0, -0.0, 2.0**-24]], np.float32)
+    factory.write_weights(tmp_path, {"t": factory.raw_tensor(values, dtype)})
+    with read_tensors(tmp_path / "adapter_model.safetensors") as tensors:
+        read = tensors.array("t")
+    expected = values if dtype != "BF16" else (values.view(np.uint32) >> 16 << 16).view(np.float32)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(expected, read)
+    np.testing.assert_array_equal(np.signbit(expected), np.signbit(read))
+
+
+def test_chunks_cover_a_tensor_in_little_memory(tmp_path: Path) -> None:
+    values = np.arange(12_000_000, dtype=np.float32).reshape(3000, 4000)  # 48 MB
+    factory.write_weights(tmp_path, {"t": factory.raw_tensor(values)})
+    total = 0
+    tracemalloc.start()
+    with read_tensors(tmp_path / "adapter_model.safetensors") as tensors:
+        for first, chunk in tensors.chunks("t"):
+            assert first == chunk[0]
+            total += len(chunk)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == values.size
+    assert peak < 20 * 1024 * 1024
+
+
+BASE = factory.file_bytes(
+    {
+        "a": factory.raw_tensor(np.ones((2, 3), np.float32)),
+        "b": factory.raw_tensor(np.full((4,), 2, np.float32), "BF16"),
+        "c": factory.raw_tensor(np.full((1, 2), 3, np.float32), "F16"),
+    }
+)
+REPLACEMENT = st.sampled_from(
+    [b"", b"0", b"-", b"9", b'"', b"{", b"}", b"[", b",", b":", b"e", b".", b" ", b"\xff", b"F32", b"a"]
+)
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> bytes:
+    raw = bytearray(BASE)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(raw)))
+        raw[start : start + draw(st.integers(0, 3))] = draw(REPLACEMENT | st.binary(max_size=3))
+    if draw(st.booleans()) and len(raw) > 16:  # a length that fits again, so that the JSON is reached
+        end = raw.rfind(b"}") + 1
+        raw[:8] = max(end - 8, 0).to_bytes(8, "little")
+    return bytes(raw)
+
+
+@given(mutations() | st.binary(max_size=64))
+@settings(max_examples=400, deadline=None)
+def test_what_is_accepted_is_read_equal_by_the_safetensors_library(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    path.write_bytes(raw)
+    try:
+        tensors = read_tensors(path)
+    except AdapterInvalid:
+        return
+    with tensors, safe_open(path, framework="np") as reference:
+        assert tensors.entries.keys() == set(reference.keys())
+        for name, tensor in tensors.entries.items():
+            assert list(tensor.shape) == reference.get_slice(name).get_shape()
+            if tensor.dtype != "BF16":  # numpy has none
+                np.testing.assert_array_equal(
+                    reference.get_tensor(name).astype(np.float32), tensors.array(name)
+                )
