@@ -1,7 +1,7 @@
 """Keeps message contents from writing control tokens.
 
-Contents are marked before the template renders them, and the marks are taken out when the rendering is encoded.
-Marks go around what spells a control token and nowhere else, so templates see, trim and split contents as ever.
+Contents are marked before the template renders them; the marks are taken out when the rendering is encoded.
+Marks go around what spells a control token and nowhere else: templates see, trim and split contents as ever.
 """
 
 from __future__ import annotations

@@ -134,3 +134,28 @@ class Usage(msgspec.Struct, frozen=True):
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """One upload, as people see it."""
+
+    user_id: str
+    name: str
+    version: int
+    digest: str
+    base: str
+    size_bytes: int
+    rank: int
+    target_modules: tuple[str, ...]
+    live: bool
+    metadata: dict[str, object]
+    warnings: tuple[str, ...]
+    created_at: str  # RFC 3339, UTC
+
+
+class User(msgspec.Struct, frozen=True, kw_only=True):
+    """A user, as people see them."""
+
+    user_id: str
+    num_adapters: int
+    created_at: str  # RFC 3339, UTC

@@ -10,20 +10,20 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, Unpack
 
 from tunefleet import config, uploads
 from tunefleet.answers import Answer, Chunk, FleetStatus, Warm
+from tunefleet.asking import Asking, ChatMessages, parameters
 from tunefleet.auth import Authenticate, admin_key, anyone
-from tunefleet.core import DEFAULT_ADAPTER, DEFAULT_TENANT, Manifest
+from tunefleet.core import DEFAULT_ADAPTER, DEFAULT_TENANT, Manifest, User, Version
 from tunefleet.errors import ConfigError, InvalidState
-from tunefleet.target import Fallback, Target
+from tunefleet.target import Target
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from tunefleet.adapters_store.catalog import UserRecord
-    from tunefleet.adapters_store.store import AdapterStore, Version
+    from tunefleet.adapters_store.store import AdapterStore
     from tunefleet.generation import Generation, Generations
     from tunefleet.runtime.dispatch import Dispatcher
     from tunefleet.text import Tokenizer
@@ -44,8 +44,8 @@ class FleetParts:
 class Fleet:
     """Everything in one process: ``async with Fleet(base_model="...") as fleet``.
 
-    Keywords are the options of ``tunefleet.config.Options``. Nothing is started before ``async with``, which also
-    closes all that it opened. Generation defaults equal HTTP's: temperature 1, ``max_tokens`` what fits.
+    Keywords are the options of ``tunefleet.config.Options``. Nothing is started before ``async with``, which
+    also closes all that it opened. Generation defaults equal HTTP's: temperature 1, ``max_tokens`` what fits.
     """
 
     def __init__(self, *, authenticate: Authenticate | None = None, **options: object) -> None:
@@ -96,7 +96,7 @@ class Fleet:
         Raises:
             ConfigError: none of the three is set.
         """
-        with _needs_serve_extra():
+        with needs_serve_extra():
             from tunefleet.http.app import create_app
         return create_app(self, self._authenticator(auth))
 
@@ -140,59 +140,35 @@ class Fleet:
             dict.fromkeys((self.manifest.name, self.manifest.base_id, self.options.base_model, "quickstart"))
         )
 
-    async def chat(
-        self,
-        user_id: str | None,
-        messages: Sequence[Mapping[str, object]],
-        *,
-        name: str = DEFAULT_ADAPTER,
-        version: int | None = None,
-        fallback: Fallback | None = None,
-        **params: object,
-    ) -> Answer:
-        """Answers with the user's live adapter, or that version; user None: with the base.
+    async def chat(self, user_id: str | None, messages: ChatMessages, **asking: Unpack[Asking]) -> Answer:
+        """Answers with the user's live adapter, or the version asked for; user None: with the base.
 
-        ``params`` are OpenAI's (max_tokens, temperature, top_p, seed, stop) and top_k, ignore_eos.
+        Raises:
+            AdapterNotFound: no such user, adapter or version, and no fallback.
         """
-        target = Target(user_id, name, version=version, fallback=fallback)
-        return await (await self._chat(target, messages, params)).answer()
+        return await (await self._chat(user_id, messages, asking)).answer()
 
     async def stream(
-        self,
-        user_id: str | None,
-        messages: Sequence[Mapping[str, object]],
-        *,
-        name: str = DEFAULT_ADAPTER,
-        version: int | None = None,
-        fallback: Fallback | None = None,
-        **params: object,
+        self, user_id: str | None, messages: ChatMessages, **asking: Unpack[Asking]
     ) -> AsyncIterator[Chunk]:
         """Like ``chat``, as it comes. Leaving the loop cancels the rest."""
-        target = Target(user_id, name, version=version, fallback=fallback)
-        async with contextlib.aclosing((await self._chat(target, messages, params)).chunks()) as chunks:
+        generation = await self._chat(user_id, messages, asking)
+        async with contextlib.aclosing(generation.chunks()) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def complete(
-        self,
-        user_id: str | None,
-        prompt: str | Sequence[int],
-        *,
-        name: str = DEFAULT_ADAPTER,
-        version: int | None = None,
-        fallback: Fallback | None = None,
-        **params: object,
+        self, user_id: str | None, prompt: str | Sequence[int], **asking: Unpack[Asking]
     ) -> Answer:
         """Continues a text or token ids; no chat template. Control tokens in a text count."""
         from tunefleet.openai_api import CompletionRequest, parse_request
 
-        target = Target(user_id, name, version=version, fallback=fallback)
-        request = parse_request(CompletionRequest, {"prompt": prompt, **params})
-        return await (await self.generations.start(target, request)).answer()
+        request = parse_request(CompletionRequest, {"prompt": prompt, **parameters(asking)})
+        return await (await self.generations.start(_target(user_id, asking), request)).answer()
 
-    async def users(self, *, after: str | None = None, limit: int = 100) -> list[UserRecord]:
+    async def users(self, *, after: str | None = None, limit: int = 100) -> list[User]:
         """A page of users by id; ``after`` is the last id of the page before."""
-        return await self.store.users(after=after, limit=limit)
+        return [User(**user._asdict()) for user in await self.store.users(after=after, limit=limit)]
 
     async def warmup(
         self, user_id: str | None = None, *, name: str = DEFAULT_ADAPTER, tenant: str = DEFAULT_TENANT
@@ -226,13 +202,11 @@ class Fleet:
             raise InvalidState("the fleet is not open: use it inside `async with fleet` or its lifespan")
         return self._open
 
-    async def _chat(
-        self, target: Target, messages: Sequence[Mapping[str, object]], params: Mapping[str, object]
-    ) -> Generation:
+    async def _chat(self, user_id: str | None, messages: ChatMessages, asking: Asking) -> Generation:
         from tunefleet.openai_api import ChatRequest, parse_request
 
-        request = parse_request(ChatRequest, {"messages": list(messages), **params})
-        return await self.generations.start(target, request)
+        request = parse_request(ChatRequest, {"messages": list(messages), **parameters(asking)})
+        return await self.generations.start(_target(user_id, asking), request)
 
 
 class FleetAdapters:
@@ -276,11 +250,25 @@ class FleetAdapters:
         """A page of versions, newest first; ``after`` is the last number of the page before."""
         return await self._fleet.store.versions(user_id, name=name, after=after, limit=limit)
 
+    async def live(self, user_id: str, *, name: str = DEFAULT_ADAPTER) -> Version:
+        """The version that answers."""
+        resolved = await self._fleet.store.resolve(user_id, name=name)
+        return await self._fleet.store.version(user_id, resolved.version, name=name)
+
     async def promote(
         self, user_id: str, version: int, *, name: str = DEFAULT_ADAPTER, if_live: int | None = None
     ) -> Version:
         """Makes a version live: the one that answers from now on."""
         return await self._fleet.store.promote(user_id, version, name=name, if_live=if_live)
+
+
+def _target(user_id: str | None, asking: Asking) -> Target:
+    return Target(
+        user_id,
+        asking.get("name", DEFAULT_ADAPTER),
+        version=asking.get("version"),
+        fallback=asking.get("fallback"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +282,7 @@ class _Open:
 
 async def _open_parts(options: config.Options) -> FleetParts:
     """The real parts. Preparing the base may take a minute the first time."""
-    with _needs_serve_extra():
+    with needs_serve_extra():
         from tunefleet.adapters_store.store import AdapterStore
         from tunefleet.runtime.base import locate_base, read_manifest
         from tunefleet.runtime.machine import Machine
@@ -321,7 +309,7 @@ def _generations(options: config.Options, parts: FleetParts) -> Generations:
 
 
 @contextlib.contextmanager
-def _needs_serve_extra() -> Iterator[None]:
+def needs_serve_extra() -> Iterator[None]:
     try:
         yield
     except ImportError as error:

@@ -27,6 +27,8 @@ class Target(NamedTuple):
         check_adapter_name(self.name)
         if self.version is not None and (isinstance(self.version, bool) or self.version < 1):
             raise RequestInvalid("versions are 1, 2, 3 ...", param="version")
+        if self.fallback not in {None, "none", "base"}:
+            raise RequestInvalid("fallback is base or none", param="fallback")
         return self
 
 

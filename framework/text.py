@@ -86,7 +86,7 @@ class Tokenizer:
         return [token.id for word in words for token in steps.model.tokenize(word)]
 
     def _after_newline(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
-        """Encodes behind a newline, taken off again: SentencePiece adds a space before a text's first word."""
+        """Encodes behind a newline, taken off again: SentencePiece adds a space before a first word."""
         newline, ids = encode("\n"), encode("\n" + text)
         return ids[len(newline) :] if ids[: len(newline)] == newline else encode(text)
 

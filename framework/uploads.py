@@ -40,7 +40,7 @@ async def adapter_folder(path: Path, options: Options) -> AsyncIterator[Path]:
 
 async def unpack(archive: Path, into: Path, options: Options) -> None:
     """Unpacks in a thread; AdapterInvalid for what is no tar or zip of a PEFT folder."""
-    from tunefleet.adapters_store import archives
+    from tunefleet.adapters_store.archives import unpack as unpack_archive
 
     into.mkdir()
-    await asyncio.to_thread(archives.unpack, archive, into, options.max_upload_bytes)
+    await asyncio.to_thread(unpack_archive, archive, into, options.max_upload_bytes)

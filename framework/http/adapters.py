@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from tunefleet.auth import Caller
-from tunefleet.core import DEFAULT_ADAPTER
+from tunefleet.core import DEFAULT_ADAPTER, User
 from tunefleet.errors import RequestInvalid
 from tunefleet.http.bodies import JSON, flag, integer, listed, page_of, read_json
 from tunefleet.http.receive import receive
@@ -93,11 +93,12 @@ async def promote(fleet: Fleet, caller: Caller, request: Request) -> Response:
 async def list_users(fleet: Fleet, caller: Caller, request: Request) -> Response:
     page = page_of(request)
     found = await fleet.store.users(caller.tenant, page.after, page.limit + 1)
-    return listed(list(found), page.limit)
+    return listed([User(**user._asdict()) for user in found], page.limit)
 
 
 async def show_user(fleet: Fleet, caller: Caller, request: Request) -> Response:
-    return JSON(await fleet.store.user(_user(request), tenant=caller.tenant))
+    user = await fleet.store.user(_user(request), tenant=caller.tenant)
+    return JSON(User(**user._asdict()))
 
 
 def _user(request: Request) -> str:

@@ -92,4 +92,5 @@ class _Answer:
 
 def _hides_a_slash(scope: Scope) -> bool:
     """Servers decode paths: ``/v1/users/a%2Fadapter`` would arrive as user ``a``'s."""
-    return b"%2f" in scope.get("raw_path", b"").lower()
+    _, found, rest = scope.get("raw_path", b"").partition(b"/v1/users/")
+    return bool(found) and b"%2f" in rest.lower()

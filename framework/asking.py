@@ -1,0 +1,31 @@
+"""The keywords of ``chat``, ``stream`` and ``complete``, the same for Fleet, Client and AsyncClient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from tunefleet.target import Fallback
+
+ChatMessages = Sequence[Mapping[str, object]]
+"""OpenAI's: ``{"role": "user", "content": "..."}``; roles are system, developer, user and assistant."""
+
+
+class Asking(TypedDict, total=False):
+    """All optional. Generation defaults are OpenAI's."""
+
+    name: str  # which of the user's adapters; "default"
+    version: int  # instead of the live one
+    fallback: Fallback  # who answers a user without an adapter
+    max_tokens: int  # what fits
+    temperature: float  # 1.0; 0 is greedy
+    top_p: float  # 1.0: off
+    top_k: int  # 0: off
+    seed: int  # random
+    stop: str | Sequence[str]
+    ignore_eos: bool
+
+
+def parameters(asking: Asking) -> dict[str, object]:
+    """Those that belong into a request's body; the others say whose adapter answers."""
+    return {name: value for name, value in asking.items() if name not in {"name", "version", "fallback"}}

@@ -1,0 +1,137 @@
+"""The ``tunefleet`` command. Commands import what they need when they run: help and errors come at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from tunefleet.cli import adapters
+from tunefleet.cli.adapters import AsJson, Name
+from tunefleet.cli.output import note, print_json, print_pairs, print_table
+from tunefleet.cli.serve import serve, with_option_flags
+from tunefleet.core import DEFAULT_ADAPTER
+from tunefleet.errors import TunefleetError
+
+app = typer.Typer(
+    name="tunefleet",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A fine-tune per person, served from one warm base model.",
+)
+users_app = typer.Typer(no_args_is_help=True, help="Look at users.")
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(users_app, name="users")
+app.command("serve")(with_option_flags(serve))
+
+UserOrBase = Annotated[str, typer.Argument(metavar="USER", help="The user's id; - is the base.")]
+
+
+def run() -> None:
+    """The console script: an error of ours is one line on stderr and exit code 1."""
+    try:
+        app()
+    except TunefleetError as error:
+        note(f"tunefleet: {error.message}")
+        sys.exit(1)
+
+
+@app.command()
+def chat(
+    user: UserOrBase,
+    message: Annotated[str | None, typer.Argument(help="Else: standard input, or a conversation.")] = None,
+    name: Name = DEFAULT_ADAPTER,
+    *,
+    version: Annotated[int | None, typer.Option(min=1, help="Instead of the live one.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    fallback: Annotated[bool, typer.Option(help="Let the base answer for a user without adapter.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Talk to a user's model."""
+    from tunefleet.asking import Asking
+    from tunefleet.cli.conversation import Conversation
+
+    given = {"version": version, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    asking = Asking(name=name, **{key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    if fallback:
+        asking["fallback"] = "base"
+    with Conversation(None if user == "-" else user, system, asking, as_json=as_json) as conversation:
+        if message is not None:
+            conversation.say(message)
+        elif sys.stdin.isatty():
+            conversation.talk()
+        else:
+            conversation.say(sys.stdin.read())
+
+
+@users_app.command("list")
+def list_users(
+    after: Annotated[str | None, typer.Option(help="The last id of the page before.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=500)] = 100,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """List users by id."""
+    from tunefleet.client import Client
+
+    with Client() as client:
+        users = client.users(after=after, limit=limit)
+    if as_json:
+        print_json(users)
+    else:
+        rows = [(user.user_id, user.num_adapters, user.created_at) for user in users]
+        print_table(("user", "adapters", "created"), rows)
+
+
+@app.command()
+def status(*, as_json: AsJson = False) -> None:
+    """Show what runs where. Wakes nothing."""
+    from tunefleet.client import Client
+
+    with Client() as client:
+        found = client.status()
+    if as_json:
+        print_json(found)
+        return
+    print_pairs(
+        [
+            ("base", found.base_id),
+            ("context", f"{found.max_model_len} tokens"),
+            ("replicas", len(found.replicas)),
+            ("adapters in memory", len(found.host_tier)),
+            ("memory", ", ".join(f"{who} {size:,} bytes" for who, size in found.pss_bytes.items()) or "-"),
+            *([("last error", found.last_error)] if found.last_error else []),
+        ]
+    )
+    rows = [
+        (replica.replica_id, replica.state.value, replica.device, replica.num_running, len(replica.digests))
+        for replica in found.replicas
+    ]
+    if rows:
+        print_table(("replica", "state", "device", "running", "adapters"), rows)
+
+
+@app.command()
+def warmup(
+    user: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose adapter to load.")] = None,
+    name: Name = DEFAULT_ADAPTER,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Wait until a replica is ready, and the user's adapter on its device."""
+    from tunefleet.client import Client
+
+    with Client() as client:
+        warm = client.warmup(user, name=name)
+    if as_json:
+        print_json(warm)
+    else:
+        print(f"ready after {warm.seconds:.2f} s: {warm.adapter_digest}")
+
+
+if __name__ == "__main__":
+    run()
