@@ -18,8 +18,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import msgspec
-
 from tunefleet.adapters_store.catalog import AdapterName, Catalog, NewVersion, UserRecord, VersionRecord
 from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES
 from tunefleet.adapters_store.objects import ObjectStore, new_upload_id, object_prefix, open_store
@@ -37,36 +35,20 @@ from tunefleet.core import (
     DEFAULT_TENANT,
     AdapterRef,
     Manifest,
+    Version,
     check_adapter_name,
     check_user_id,
 )
 from tunefleet.errors import AdapterInvalid, AdapterNotFound, RequestInvalid, StoreError
 
 MAX_METADATA_BYTES = 4096
-MAX_PAGE = 1000
+MAX_PAGE = 10_000
 NUM_LOOKUPS = 8  # threads for the catalog: a request waits for these
 NUM_TRANSFERS = 4  # threads for uploads and downloads, which may take long
 CHUNK_BYTES = 256 * 1024
 _STALE_S = 24 * 3600.0
 
 UserRow = UserRecord
-
-
-class Version(msgspec.Struct, frozen=True, kw_only=True):
-    """One upload, as the HTTP contract shows it."""
-
-    user_id: str
-    name: str
-    version: int
-    digest: str
-    base: str
-    size_bytes: int
-    rank: int
-    target_modules: tuple[str, ...]
-    live: bool
-    metadata: dict[str, object]
-    warnings: tuple[str, ...]
-    created_at: str  # RFC 3339, UTC
 
 
 class Pushed(NamedTuple):
