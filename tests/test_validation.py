@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import adapter_factory as factory
+from adapter_factory import (
+    RawTensor,
+    make_adapter,
+    make_manifest,
+    raw_tensor,
+    read_raw,
+    write_config,
+    write_weights,
+)
+from tunefleet.adapters_store.validation import CheckedAdapter, check_adapter
+from tunefleet.core import LinearSpec
+from tunefleet.errors import AdapterInvalid
+
+MANIFEST = make_manifest()
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+A, B = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
+
+Tensors = dict[str, RawTensor]
+
+
+def check(folder: Path, *, max_rank: int = 64) -> CheckedAdapter:
+    return check_adapter(folder, MANIFEST, max_rank=max_rank)
+
+
+def refusal_of(folder: Path, *, max_rank: int = 64) -> AdapterInvalid:
+    with pytest.raises(AdapterInvalid) as refusal:
+        check(folder, max_rank=max_rank)
+    return refusal.value
+
+
+def f32(*shape: int, value: float = 0.1) -> RawTensor:
+    return raw_tensor(np.full(shape, value, np.float32))
+
+
+def test_an_ordinary_adapter_is_described(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path, MANIFEST, r=4)
+    checked = check(folder)
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    assert sum(file.stat().st_size for file in files) == checked.size_bytes
+    assert (checked.rank, checked.target_modules) == (4, ("down_proj", "q_proj", "v_proj"))
+    assert set(checked.modules) == {
+        f"model.layers.{layer}.{name}"
+        for layer in range(2)
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    }
+    plan = checked.modules["model.layers.0.self_attn.v_proj"]
+    assert (plan.rank, plan.scaling, plan.in_features, plan.out_features) == (4, 2.0, 16, 8)
+    assert checked.warnings == ()
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("rank", [1, 64])
+def test_each_dtype_and_the_smallest_and_largest_rank_are_served(
+    tmp_path: Path, dtype: str, rank: int
+) -> None:
+    checked = check(make_adapter(tmp_path, MANIFEST, r=rank, dtype=dtype))
+    assert rank == checked.rank
+    assert {dtype} == {plan.dtype for plan in checked.modules.values()}
+
+
+def test_dtypes_may_be_mixed_and_ranks_may_differ(tmp_path: Path) -> None:
+    make_adapter(tmp_path, MANIFEST, ranks={"q_proj": 2, "model.layers.1.mlp.down_proj": 7})
+    tensors = read_raw(tmp_path)
+    values = np.ones(tensors[A].shape, np.float32)
+    write_weights(tmp_path, {**tensors, A: raw_tensor(values, "BF16")})
+    checked = check(tmp_path)
+    assert checked.rank == 7
+    assert {path: plan.rank for path, plan in checked.modules.items() if "layers.1" in path} == {
+        "model.layers.1.self_attn.q_proj": 2,
+        "model.layers.1.self_attn.v_proj": 4,
+        "model.layers.1.mlp.down_proj": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: name.replace(".weight", ".default.weight"),
+    ],
+)
+def test_names_without_prefix_or_with_the_adapters_name_mean_the_same(
+    tmp_path: Path, rename: Callable[[str], str]
+) -> None:
+    expected = check(make_adapter(tmp_path, MANIFEST)).modules.keys()
+    write_weights(tmp_path, {rename(name): tensor for name, tensor in read_raw(tmp_path).items()})
+    assert expected == check(tmp_path).modules.keys()
+
+
+def without(*names: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def plus(name: str, tensor: RawTensor) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {**tensors, name: tensor}
+
+
+def value_at(name: str, index: int, value: float, dtype: str = "F32") -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> Tensors:
+        values = np.full(tensors[name].shape, 0.1, np.float32)
+        values.flat[index] = value
+        return {**tensors, name: raw_tensor(values, dtype)}
+
+    return change
+
+
+DENSE = f32(64, 16)
+BAD_WEIGHTS = {
+    "NaN": (value_at(A, 20, np.nan), "not_finite", A, "nan in row 1"),
+    "infinity": (value_at(B, 63, np.inf), "not_finite", B, "inf in row 15"),
+    "minus infinity": (value_at(B, 0, -np.inf), "not_finite", B, "-inf in row 0"),
+    "NaN in bf16": (value_at(A, 5, np.nan, "BF16"), "not_finite", A, "nan in row 0"),
+    "infinity in fp16": (value_at(A, 5, np.inf, "F16"), "not_finite", A, "inf in row 0"),
+    "far too large": (value_at(B, 5, 1e30), "out_of_range", B, "scaling"),
+    "A missing": (without(A), "missing_tensor", B, "no lora_A"),
+    "B missing": (without(B), "missing_tensor", A, "no lora_B"),
+    "no tensors": (lambda _: {}, "adapter_has_no_effect", "adapter_model.safetensors", "no tensors"),
+    "another layer": (
+        plus("base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight", f32(4, 16)),
+        "unknown_module",
+        "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight",
+        "no linear layer of tiny",
+    ),
+    "a path with dots": (
+        plus("base_model.model.../../etc/passwd.lora_A.weight", f32(4, 16)),
+        "unknown_module",
+        "base_model.model.../../etc/passwd.lora_A.weight",
+        "no linear layer",
+    ),
+    "PEFT's prefix twice": (
+        plus(f"base_model.model.{A}", f32(4, 16)),
+        "unknown_module",
+        f"base_model.model.{A}",
+        "no linear layer",
+    ),
+    "same module twice": (
+        plus(A.removeprefix("base_model.model."), f32(4, 16)),
+        "duplicate_tensor",
+        A.removeprefix("base_model.model."),
+        "second time",
+    ),
+    "another adapter's name": (
+        plus(A.replace(".weight", ".other.weight"), f32(4, 16)),
+        "unknown_module",
+        A.replace(".weight", ".other.weight"),
+        "is not <module>.lora_A.weight",
+    ),
+    "another matrix": (
+        plus(A.replace("lora_A", "lora_C"), f32(4, 16)),
+        "unknown_module",
+        A.replace("lora_A", "lora_C"),
+        "is not <module>.lora_A.weight",
+    ),
+    "embedding": (
+        plus("base_model.model.model.embed_tokens.lora_embedding_A", f32(4, 64)),
+        "unknown_module",
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "embeddings are not served",
+    ),
+    "output head": (
+        plus("base_model.model.lm_head.lora_A.weight", f32(4, 16)),
+        "unknown_module",
+        "base_model.model.lm_head.lora_A.weight",
+        "output head",
+    ),
+    "whole output head": (
+        plus("base_model.model.lm_head.weight", DENSE),
+        "unknown_module",
+        "base_model.model.lm_head.weight",
+        "output head",
+    ),
+    "DoRA": (
+        plus(f"{Q0}.lora_magnitude_vector", f32(16)),
+        "unknown_module",
+        f"{Q0}.lora_magnitude_vector",
+        "DoRA",
+    ),
+    "bias on B": (plus(f"{Q0}.lora_B.bias", f32(16)), "unknown_module", f"{Q0}.lora_B.bias", "lora_B"),
+    "base's bias": (
+        plus(f"{Q0}.base_layer.bias", f32(16)),
+        "unknown_module",
+        f"{Q0}.base_layer.bias",
+        "can't be replaced",
+    ),
+    "another module's bias": (
+        plus("base_model.model.model.layers.0.self_attn.k_proj.bias", f32(8)),
+        "unknown_module",
+        "base_model.model.model.layers.0.self_attn.k_proj.bias",
+        "bias='none'",
+    ),
+    "AdaLoRA": (plus(f"{Q0}.lora_E", f32(4, 1)), "unknown_module", f"{Q0}.lora_E", "AdaLoRA"),
+    "trained tokens": (
+        plus("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", f32(1, 16)),
+        "unknown_module",
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+        "not served",
+    ),
+    "A too wide": (plus(A, f32(4, 17)), "shape_mismatch", A, r"\[4, 16\]"),
+    "B too long": (plus(B, f32(17, 4)), "shape_mismatch", B, r"\[16, 4\]"),
+    "A transposed": (plus(A, f32(16, 4)), "shape_mismatch", A, r"\[16, 4\]"),
+    "B transposed": (plus(B, f32(4, 16)), "shape_mismatch", B, r"\[4, 16\]"),
+    "rank not the config's": (plus(A, f32(8, 16)), "shape_mismatch", A, r"\[8, 16\]"),
+    "A flat": (plus(A, f32(64)), "shape_mismatch", A, r"\[64\]"),
+    "A of three dimensions": (plus(A, f32(1, 4, 16)), "shape_mismatch", A, r"\[1, 4, 16\]"),
+}
+
+
+@pytest.mark.parametrize(("change", "code", "param", "problem"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS.keys())
+def test_bad_weights_are_refused_naming_the_tensor(
+    tmp_path: Path, change: Callable[[Tensors], Tensors], code: str, param: str, problem: str
+) -> None:
+    make_adapter(tmp_path, MANIFEST)
+    write_weights(tmp_path, change(read_raw(tmp_path)))
+    with pytest.raises(AdapterInvalid, match=problem) as refusal:
+        check(tmp_path)
+    assert (refusal.value.code, refusal.value.param) == (code, param)
+    assert param in refusal.value.message
+
+
+@pytest.mark.parametrize("zero", ["lora_A", "lora_B", "lora_"])
+def test_an_adapter_that_would_answer_like_the_base_is_refused(tmp_path: Path, zero: str) -> None:
+    make_adapter(tmp_path, MANIFEST)
+    tensors = {
+        name: raw_tensor(np.zeros(tensor.shape, np.float32)) if zero in name else tensor
+        for name, tensor in read_raw(tmp_path).items()
+    }
+    write_weights(tmp_path, tensors)
+    assert refusal_of(tmp_path).code == "adapter_has_no_effect"
+
+
+def test_one_module_with_an_effect_is_enough(tmp_path: Path) -> None:
+    make_adapter(tmp_path, MANIFEST)
+    tensors = {
+        name: tensor if name in (A, B) else raw_tensor(np.zeros(tensor.shape, np.float32))
+        for name, tensor in read_raw(tmp_path).items()
+    }
+    write_weights(tmp_path, tensors)
+    assert len(check(tmp_path).modules) == 6
+
+
+def test_denormal_weights_are_served_while_the_adapter_has_an_effect(tmp_path: Path) -> None:
+    make_adapter(tmp_path, MANIFEST)
+    tensors = read_raw(tmp_path)
+    write_weights(tmp_path, {**tensors, B: f32(16, 4, value=1e-42)})
+    assert check(tmp_path).rank == 4
+
+
+@pytest.mark.parametrize(
+    ("alpha", "code"),
+    [
+        (1e38, "out_of_range"),
+        (1e300, "out_of_range"),
+        (-1e38, "out_of_range"),
+        (1e-300, "adapter_has_no_effect"),
+    ],
+)
+def test_an_alpha_far_out_of_range_is_refused(tmp_path: Path, alpha: float, code: str) -> None:
+    assert refusal_of(make_adapter(tmp_path, MANIFEST, config={"lora_alpha": alpha})).code == code
+
+
+def test_a_folded_b_that_overflows_is_refused_even_beside_a_zero_a(tmp_path: Path) -> None:
+    make_adapter(tmp_path, MANIFEST, config={"alpha_pattern": {"layers.0.self_attn.q_proj": 1e39}})
+    write_weights(tmp_path, {**read_raw(tmp_path), A: f32(4, 16, value=0)})
+    refusal = refusal_of(tmp_path)
+    assert (refusal.code, refusal.param) == ("out_of_range", B)
+
+
+@pytest.mark.parametrize("config", [{"r": 65}, {"r": 2_000_000}, {"rank_pattern": {"q_proj": 2_000_000}}])
+def test_a_rank_above_the_limit_is_refused_with_the_limit(tmp_path: Path, config: dict[str, object]) -> None:
+    refusal = refusal_of(make_adapter(tmp_path, MANIFEST, config=config))
+    assert refusal.code == "rank_too_large"
+    assert "the limit here is 64" in refusal.message
+
+
+def test_the_rank_limit_is_the_deployments(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path, MANIFEST, r=9)
+    assert refusal_of(folder, max_rank=8).code == "rank_too_large"
+    assert check(folder, max_rank=9).rank == 9
+
+
+def test_fan_in_fan_out_must_fit_the_bases_layers(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path, MANIFEST, config={"fan_in_fan_out": True})
+    refusal = refusal_of(folder)
+    assert (refusal.code, refusal.param) == ("unsupported_feature", "fan_in_fan_out")
+    linears = {
+        path: LinearSpec(spec.in_features, spec.out_features, fan_in_fan_out=True)
+        for path, spec in MANIFEST.linears.items()
+    }
+    assert check_adapter(folder, make_manifest(linears=linears), max_rank=64).rank == 4
+
+
+def test_a_pickle_alone_is_refused_by_name(tmp_path: Path) -> None:
+    write_config(tmp_path, {})
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    refusal = refusal_of(tmp_path)
+    assert (refusal.code, refusal.param) == ("pickle_refused", "adapter_model.bin")
+    assert "safe_serialization" in refusal.message
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(tmp_path: Path, file: str) -> None:
+    (make_adapter(tmp_path, MANIFEST) / file).unlink()
+    refusal = refusal_of(tmp_path)
+    assert (refusal.code, refusal.param) == ("missing_file", file)
+
+
+def test_a_folder_in_a_files_place_is_refused(tmp_path: Path) -> None:
+    (make_adapter(tmp_path, MANIFEST) / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model.safetensors").mkdir()
+    assert refusal_of(tmp_path).code == "missing_file"
+
+
+@pytest.mark.parametrize(
+    ("config", "warning"),
+    [
+        (
+            {"base_model_name_or_path": "unsloth/other-bnb-4bit"},
+            "base_model_name_or_path is 'unsloth/other-bnb-4bit'",
+        ),
+        ({"base_model_name_or_path": "http://169.254.169.254/\n\0"}, r"is 'http://169.254.169.254/\n\x00'"),
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+        ({"bias": "all"}, "bias is all"),
+        ({"rank_pattern": {"nothing": 4}}, "rank_pattern: 'nothing' names no module"),
+        ({"alpha_pattern": {"nothing": 4}}, "alpha_pattern: 'nothing' names no module"),
+        ({"target_modules": ["q_proj", "v_proj", "down_proj", "k_proj"]}, "no tensors for 'k_proj'"),
+        ({"target_modules": ["q_proj", "mlp.down_proj"]}, "doesn't name 'v_proj'"),
+    ],
+)
+def test_what_is_odd_but_harmless_is_a_warning(
+    tmp_path: Path, config: dict[str, object], warning: str
+) -> None:
+    (told,) = check(make_adapter(tmp_path, MANIFEST, config=config)).warnings
+    assert warning in told
+
+
+@pytest.mark.parametrize("hint", ["tiny", "org/tiny", "org/TINY", "/models/tiny/", None, ""])
+def test_a_base_of_the_same_name_is_no_warning(tmp_path: Path, hint: str | None) -> None:
+    assert check(make_adapter(tmp_path, MANIFEST, config={"base_model_name_or_path": hint})).warnings == ()
+
+
+def test_a_config_of_every_selector_is_checked_in_no_time(tmp_path: Path) -> None:
+    names = [f"m{number}" for number in range(6000)]
+    folder = make_adapter(tmp_path, MANIFEST, config={"target_modules": names})
+    assert len(json.dumps(names)) < 64 * 1024
+    assert any("no tensors for" in warning for warning in check(folder).warnings)
+
+
+def test_an_adapter_that_peft_saved_is_served(tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=factory.HIDDEN,
+            intermediate_size=factory.INTERMEDIATE,
+            num_hidden_layers=factory.NUM_LAYERS,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+    # No task_type: PEFT then writes auto_mapping.
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, rank_pattern={"q_proj": 2})
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    checked = check(tmp_path)
+    assert checked.modules.keys() == MANIFEST.linears.keys()
+    assert checked.modules["model.layers.1.self_attn.q_proj"].rank == 2
