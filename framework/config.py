@@ -114,10 +114,16 @@ def resolve(
     return Options(**{name: _convert(name, hints[name], value) for name, value in merged.items()})  # type: ignore[arg-type]
 
 
-def runtime_dir(cache_dir: str) -> Path:
+def state_dir(options: Options, base_dir: Path) -> Path:
+    """The folder of the host process that serves this base from this store; one host process per such folder."""
+    key = hashlib.sha256(f"{options.store_url}\0{base_dir.name}".encode()).hexdigest()[:12]
+    return Path(options.cache_dir) / "hosts" / key
+
+
+def runtime_dir(state: Path) -> Path:
     """A short private folder for the Unix sockets of one state folder (socket paths end at 107 bytes)."""
     parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    folder = parent / f"tunefleet-{os.getuid()}" / hashlib.sha256(cache_dir.encode()).hexdigest()[:12]
+    folder = parent / f"tunefleet-{os.getuid()}" / hashlib.sha256(str(state).encode()).hexdigest()[:12]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 

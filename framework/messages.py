@@ -20,7 +20,7 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     base_dir: str  # prepared base
     store_url: str
-    cache_dir: str
+    state_dir: str  # log and disk tier; the host process's lock is of this folder
     devices: tuple[str, ...]
     min_replicas: int
     max_replicas: int

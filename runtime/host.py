@@ -156,7 +156,7 @@ class HostProcess:
         assert self._options is not None
         difference = _difference(self._options, hello.options)
         if difference:
-            router.send(Refused(message=f"the host process of this cache_dir runs with another {difference}"))
+            router.send(Refused(message=f"the host process of this store and base runs with another {difference}; stop it first, or set another cache_dir"))
             return
         self._routers.add(router)
         if self._linger_timer is not None:
@@ -167,12 +167,11 @@ class HostProcess:
 
     def _configure(self, options: HostOptions) -> None:
         manifest = read_manifest(Path(options.base_dir))
-        cache = Path(options.cache_dir)
         dtype = "float32" if options.devices[0] == "cpu" else manifest.dtype
         self._tiers = Tiers(
             open_store(options.store_url),
             manifest,
-            disk_dir=cache / "adapters",
+            disk_dir=Path(options.state_dir) / "adapters",
             host_dir=_host_tier_dir(self._folder),
             dtype=dtype,
             host_cache_bytes=options.host_cache_bytes,
@@ -408,7 +407,7 @@ def _host_tier_dir(folder: Path) -> Path:
 
 
 def main() -> None:
-    folder = runtime_dir(sys.argv[1])
+    folder = runtime_dir(Path(sys.argv[1]))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     with (folder / "host.lock").open("w") as lock:
         try:

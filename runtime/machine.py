@@ -16,7 +16,7 @@ import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from tunefleet.config import Options, runtime_dir
+from tunefleet.config import Options, runtime_dir, state_dir
 from tunefleet.core import FinishReason, Manifest, ReplicaInfo
 from tunefleet.errors import AdapterLoadFailed, CapacityError, ConfigError, ReplicaError, TunefleetError
 from tunefleet.messages import (
@@ -60,7 +60,7 @@ def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOp
     return HostOptions(
         base_dir=str(base_dir),
         store_url=options.store_url,
-        cache_dir=options.cache_dir,
+        state_dir=str(state_dir(options, base_dir)),
         devices=devices,
         min_replicas=options.min_replicas,
         max_replicas=max_replicas,
@@ -85,8 +85,9 @@ class Machine:
 
     def __init__(self, options: Options, manifest: Manifest, base_dir: Path) -> None:
         self._options = host_options(options, manifest, base_dir)
-        self._folder = runtime_dir(options.cache_dir)
-        self._log = Path(options.cache_dir) / "host.log"
+        self._state = Path(self._options.state_dir)
+        self._folder = runtime_dir(self._state)
+        self._log = self._state / "host.log"
         self._host: Connection[HostToRouter] | None = None
         self._welcome: asyncio.Future[Welcome] | None = None
         self._status: list[asyncio.Future[Status]] = []
@@ -105,7 +106,7 @@ class Machine:
         """Joins the host process, starting it if there is none.
 
         Raises:
-            ConfigError: one runs for the same cache_dir with other options.
+            ConfigError: one runs for the same store and base with other options.
         """
         await self._join()
 
@@ -230,7 +231,7 @@ class Machine:
             if _is_locked(self._folder / "host.lock"):
                 return
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "tunefleet.runtime.host", self._options.cache_dir]
+            command = [sys.executable, "-m", "tunefleet.runtime.host", str(self._state)]
             _children[:] = [child for child in _children if child.poll() is None]
             with self._log.open("ab") as log:
                 _children.append(

@@ -100,7 +100,7 @@ class Parking:
 
     def _on_close(self, _: Connection[ParkedToHost]) -> None:
         self.pid = 0
-        self._fail("the parked process ended while starting; its log is in host.log of the cache folder")
+        self._fail("the parked process ended while starting; see host.log in cache_dir/hosts")
         if self._process is not None:
             self._on_lost()
 
