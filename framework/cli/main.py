@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tunefleet.cli import adapters
+from tunefleet.cli import adapters, base
 from tunefleet.cli.adapters import AsJson, Name
 from tunefleet.cli.output import note, print_json, print_pairs, print_table
 from tunefleet.cli.serve import serve, with_option_flags
@@ -23,6 +23,7 @@ app = typer.Typer(
 users_app = typer.Typer(no_args_is_help=True, help="Look at users.")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(users_app, name="users")
+app.add_typer(base.app, name="base")
 app.command("serve")(with_option_flags(serve))
 
 UserOrBase = Annotated[str, typer.Argument(metavar="USER", help="The user's id; - is the base.")]
@@ -131,6 +132,14 @@ def warmup(
         print_json(warm)
     else:
         print(f"ready after {warm.seconds:.2f} s: {warm.adapter_digest}")
+
+
+@app.command()
+def demo() -> None:
+    """Show the main job, from upload to scale to zero, with a real model. Takes about a minute."""
+    from tunefleet.cli.demo import run_demo
+
+    run_demo()
 
 
 if __name__ == "__main__":
