@@ -7,6 +7,7 @@ user, and no key is a prefix of another one, so a delete never races an upload o
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import re
@@ -151,24 +152,17 @@ class FileStore:
                 for name in names
                 if not name.startswith(".") and _may_hold(f"{(base / name).as_posix()}/", prefix)
             )
-            keys = ((base / file).as_posix() for file in sorted(files))
+            keys = ((base / file).as_posix() for file in sorted(files) if not file.startswith("."))
             yield from (key for key in keys if key.startswith(prefix))
 
     def close(self) -> None:
         pass
 
     def _publish(self, temporary: Path, target: Path) -> None:
-        """Renames into place. A delete may remove a folder that was just found empty: then once more."""
-        for attempt in range(3):
+        with self._locked(fcntl.LOCK_SH):  # no delete takes away a folder that we found or made
             self._make_folders(target.parent)
-            try:
-                temporary.rename(target)
-                _sync_folder(target.parent)
-            except FileNotFoundError:
-                if attempt == 2:
-                    raise
-            else:
-                return
+            temporary.rename(target)
+            _sync_folder(target.parent)
 
     def _make_folders(self, folder: Path) -> None:
         """Like mkdir -p, with every new name synced into its parent."""
@@ -178,10 +172,21 @@ class FileStore:
             _sync_folder(path.parent)
 
     def _remove_empty(self, folder: Path) -> None:
-        with contextlib.suppress(OSError):  # not empty: done
+        """Empty folders hurt nobody: where puts are under way, they just stay."""
+        with contextlib.suppress(OSError), self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
             while folder != self._root:
-                folder.rmdir()
+                folder.rmdir()  # raises where it isn't empty
                 folder = folder.parent
+
+    @contextlib.contextmanager
+    def _locked(self, mode: int) -> Iterator[None]:
+        """Between puts and the removal of folders, of all processes."""
+        fd = os.open(self._root / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, mode)
+            yield
+        finally:
+            os.close(fd)
 
     def _remove_stale(self) -> None:
         for path in self._incoming.iterdir():

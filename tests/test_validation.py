@@ -60,9 +60,7 @@ def test_an_ordinary_adapter_is_described(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("rank", [1, 64])
-def test_each_dtype_and_the_smallest_and_largest_rank_are_served(
-    tmp_path: Path, dtype: str, rank: int
-) -> None:
+def test_each_dtype_at_the_smallest_and_largest_rank_is_served(tmp_path: Path, dtype: str, rank: int) -> None:
     checked = check(make_adapter(tmp_path, MANIFEST, r=rank, dtype=dtype))
     assert rank == checked.rank
     assert {dtype} == {plan.dtype for plan in checked.modules.values()}
@@ -257,12 +255,7 @@ def test_denormal_weights_are_served_while_the_adapter_has_an_effect(tmp_path: P
 
 @pytest.mark.parametrize(
     ("alpha", "code"),
-    [
-        (1e38, "out_of_range"),
-        (1e300, "out_of_range"),
-        (-1e38, "out_of_range"),
-        (1e-300, "adapter_has_no_effect"),
-    ],
+    [*((alpha, "out_of_range") for alpha in (1e38, 1e300, -1e38)), (1e-300, "adapter_has_no_effect")],
 )
 def test_an_alpha_far_out_of_range_is_refused(tmp_path: Path, alpha: float, code: str) -> None:
     assert refusal_of(make_adapter(tmp_path, MANIFEST, config={"lora_alpha": alpha})).code == code
@@ -324,8 +317,8 @@ def test_a_folder_in_a_files_place_is_refused(tmp_path: Path) -> None:
     ("config", "warning"),
     [
         (
-            {"base_model_name_or_path": "unsloth/other-bnb-4bit"},
-            "base_model_name_or_path is 'unsloth/other-bnb-4bit'",
+            {"base_model_name_or_path": "unsloth/x-4bit"},
+            "base_model_name_or_path is 'unsloth/x-4bit'",
         ),
         ({"base_model_name_or_path": "http://169.254.169.254/\n\0"}, r"is 'http://169.254.169.254/\n\x00'"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
@@ -336,9 +329,7 @@ def test_a_folder_in_a_files_place_is_refused(tmp_path: Path) -> None:
         ({"target_modules": ["q_proj", "mlp.down_proj"]}, "doesn't name 'v_proj'"),
     ],
 )
-def test_what_is_odd_but_harmless_is_a_warning(
-    tmp_path: Path, config: dict[str, object], warning: str
-) -> None:
+def test_what_is_odd_but_harmless_warns(tmp_path: Path, config: dict[str, object], warning: str) -> None:
     (told,) = check(make_adapter(tmp_path, MANIFEST, config=config)).warnings
     assert warning in told
 
