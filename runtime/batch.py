@@ -28,6 +28,9 @@ class Runner:
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits ``[num_sampled, vocab]`` of the sequences that sample, in the batch's order."""
         self._kv.move(batch.moves)
+        for entry in batch.scheduled:
+            if entry.sequence.num_computed == 0:
+                self._kv.clear(self._rows.row_of(entry.sequence.request_id))
         places = _places(batch.scheduled)
         input_ids: list[int] = []
         positions: list[int] = []
@@ -50,10 +53,6 @@ class Runner:
             )
         logits: torch.Tensor = output.logits[0]
         return logits if last else logits[:0]
-
-    @torch.inference_mode()
-    def wipe(self, row: Row) -> None:
-        self._kv.wipe(row, {length: self._rows.num_rows(length) for length in self._rows.lengths})
 
     def _context(self, scheduled: list[Scheduled], places: list[int]) -> StepContext:
         decodes: dict[int, list[tuple[int, Row, int]]] = {}

@@ -200,8 +200,7 @@ class Engine:
         )
 
     def _end_poisoned(self, sequence: Sequence) -> None:
-        """Its row may hold values that are not numbers: wipe it, so that nobody else ever meets them."""
-        self._runner.wipe(self.rows.row_of(sequence.request_id))
+        """Ends it alone; what its row holds is gone before the row has another holder."""
         self.scheduler.finish(sequence, FinishReason.ERROR)
         self._fail(
             sequence.request_id, "the model's answer is not finite; upload a sound adapter", "non_finite_logits"

@@ -44,22 +44,22 @@ class KvRows:
         return found
 
     def move(self, moves: list[Move]) -> None:
-        """Copies rows, in the order given."""
+        """Copies rows, in the order given; nothing of a target's earlier holder stays."""
         for source, target, num_tokens in moves:
             self.reserve(target.length, target.index + 1)
             for layer in {layer for layer, length in self._layers if length == source.length}:
                 k, v = self._layers[layer, source.length]
                 to_k, to_v = self.layer(layer, target.length, k[0], v[0])
-                to_k[target.index, :, :num_tokens] = k[source.index, :, :num_tokens]
-                to_v[target.index, :, :num_tokens] = v[source.index, :, :num_tokens]
+                for to, tensor in ((to_k, k), (to_v, v)):
+                    to[target.index, :, :num_tokens] = tensor[source.index, :, :num_tokens]
+                    to[target.index, :, num_tokens:] = 0
 
-    def wipe(self, row: Row, num_rows: dict[int, int]) -> None:
-        """Zeros a row, and all rows beyond ``num_rows`` (per length), which may hold what moved away."""
+    def clear(self, row: Row) -> None:
+        """Zeros a row that has a new holder: masked places take part in products, so even there no NaN may stay."""
         for (_, length), pair in self._layers.items():
-            for tensor in pair:
-                tensor[num_rows[length] :].zero_()
-                if length == row.length:
-                    tensor[row.index].zero_()
+            if length == row.length:
+                for tensor in pair:
+                    tensor[row.index : row.index + 1].zero_()  # empty where the layer doesn't reach that far yet
 
     def _empty(self, rows: int, length: int, like: torch.Tensor) -> torch.Tensor:
         # Zeros, not garbage: masked places still take part in products, and 0 x NaN would be NaN.
