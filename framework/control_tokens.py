@@ -15,6 +15,7 @@ import tokenizers
 # Private-use characters. They never come from outside: mark() drops those that contents bring.
 _START, _END, _BREAK = "\U000f0000", "\U000f0001", "\U000f0002"
 _MARKS = re.compile(f"[{_START}{_END}{_BREAK}]")
+_SPACE = re.compile(r"\s*")
 
 
 class Piece(NamedTuple):
@@ -41,7 +42,8 @@ class ControlTokens:
         spelled = "|".join(map(re.escape, contents)) or "(?!)"
         self.ids = frozenset(control)
         self._spelled = re.compile(spelled)
-        self._spelled_last = re.compile(f"(?:{spelled})\\Z")
+        self._spelled_first = re.compile(f"\\s*(?:{spelled})")
+        self._spelled_last = re.compile(f"(?:{spelled})\\s*\\Z")
         cuts = [(text[:at], text[at:]) for text in contents for at in range(1, len(text))]
         self._heads = tuple({head for head, tail in cuts if _meet(tail, literals, str.startswith)})
         self._tails = tuple({tail for head, tail in cuts if _meet(head, literals, str.endswith)})
@@ -57,8 +59,18 @@ class ControlTokens:
         if self._normalizer is not None and self._spelled.search(self._normalizer.normalize_str(inner)):
             return f"{before}{_START}{inner}{_END}{after}"
         starts_inside, ends_inside = inner.startswith(self._tails), inner.endswith(self._heads)
-        inner = self._spelled.sub(lambda match: f"{_START}{match[0]}{_END}", inner)
-        return f"{before}{_BREAK * starts_inside}{inner}{_BREAK * ends_inside}{after}"
+        return f"{before}{_BREAK * starts_inside}{self._wrapped(inner)}{_BREAK * ends_inside}{after}"
+
+    def _wrapped(self, text: str) -> str:
+        """Marks go outside the white space around a token: a template that splits at the token may trim then."""
+        parts: list[str] = []
+        position = 0
+        for match in self._spelled.finditer(text):
+            kept = text[position : match.start()].rstrip()
+            spelled_at = position + len(kept)
+            position = _SPACE.match(text, match.end()).end()  # type: ignore[union-attr]  # matches always
+            parts += [kept, _START, text[spelled_at:position], _END]
+        return "".join([*parts, text[position:]])
 
     def pieces(self, rendered: str) -> Iterator[Piece]:
         """Splits a rendering at its marks; one piece when there are none."""
@@ -70,7 +82,7 @@ class ControlTokens:
         """A template may cut contents, so a mark can lack its partner: the token beside it still counts."""
         if left == _START and right == _END:
             return (Piece(text, plain=True),)
-        if left == _START and (first := self._spelled.match(text)):
+        if left == _START and (first := self._spelled_first.match(text)):
             return Piece(first[0], plain=True), Piece(text[first.end() :], plain=False)
         if right == _END and (last := self._spelled_last.search(text)):
             return Piece(text[: last.start()], plain=False), Piece(last[0], plain=True)

@@ -94,11 +94,11 @@ class Tokenizer:
 class Detokenizer:
     """Token by token to text; a character is given out only when it is whole. One per generation.
 
-    Decodes a short window of ids that begins where the text was whole, so each push costs the same.
+    Decodes a short window of ids that begins where the text was whole, so each push costs the same. Text that
+    ends in a replacement character is held back: more bytes may change it, even before its last character.
     """
 
     _MAX_WINDOW = 64  # ids; reached only by bytes that never become a character
-    _MAX_HELD = 3  # an unfinished UTF-8 character has at most three bytes
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._decode = tokenizer.decode
@@ -110,9 +110,8 @@ class Detokenizer:
         """The text that this token makes certain, maybe none."""
         self._window.append(token)
         text = self._decode(self._window)
-        held = min(len(text) - len(text.rstrip("\ufffd")), self._MAX_HELD)
-        if held and len(self._window) < self._MAX_WINDOW:
-            return self._send(text[: len(text) - held])
+        if text.endswith("\ufffd") and len(self._window) < self._MAX_WINDOW:
+            return ""
         new = self._send(text)
         self._slide()
         return new

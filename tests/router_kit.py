@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
+from typing import Any, ParamSpec
 
+import httpx2
 import tokenizers
 import uvicorn
+from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from adapter_factory import make_adapter, make_manifest
 from tunefleet.adapters_store.store import AdapterStore
+from tunefleet.auth import Authenticate, anyone
+from tunefleet.calls import FILES
 from tunefleet.config import resolve
 from tunefleet.core import Manifest
 from tunefleet.fleet import Fleet, FleetParts
+from tunefleet.http.app import create_app
 from tunefleet.messages import Submit
 from tunefleet.runtime.fakes import FakeDispatcher
 from tunefleet.text import Tokenizer
@@ -66,6 +73,9 @@ def says(tokenizer: Tokenizer) -> Callable[[Submit], list[int]]:
     return answer
 
 
+P = ParamSpec("P")
+
+
 class Kit:
     """A fleet on FakeDispatcher and a real store in a folder of the test's. Not open yet."""
 
@@ -97,6 +107,28 @@ class Kit:
 
 
 @contextlib.contextmanager
+def api(kit: Kit, authenticate: Authenticate = anyone, **more: object) -> Iterator[TestClient]:
+    """The HTTP API over a kit, without a socket. Failures of ours are answers, as they are for clients."""
+    app = create_app(kit.fleet(**more), authenticate, with_lifespan=True)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def upload(client: TestClient, path: Path, url: str = "/v1/users/alice/adapter", **more: Any) -> httpx2.Response:
+    """Uploads a PEFT folder as multipart parts."""
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((path / name).open("rb")) for name in FILES}
+        return client.put(url, files=files, **more)
+
+
+def ask(client: TestClient, user_id: str | None = None, **more: Any) -> httpx2.Response:
+    """Asks for a chat completion."""
+    headers = {"X-User-Id": user_id} if user_id else {}
+    headers |= more.pop("headers", {})
+    return client.post("/v1/chat/completions", json={"messages": HELLO, **more}, headers=headers)
+
+
+@contextlib.contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """A uvicorn server on a socket of this machine; its URL."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="on"))
@@ -122,5 +154,11 @@ def serving(app: ASGIApp) -> Iterator[str]:
         thread.join()
 
 
-async def collect(texts: AsyncIterator[str]) -> str:
-    return "".join([text async for text in texts])
+def run_async(test: Callable[P, Coroutine[object, object, None]]) -> Callable[P, None]:
+    """An async test as a plain one."""
+
+    @functools.wraps(test)
+    def plain(*args: P.args, **keywords: P.kwargs) -> None:
+        asyncio.run(test(*args, **keywords))
+
+    return plain

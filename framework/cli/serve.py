@@ -58,7 +58,7 @@ async def _serve(fleet: Fleet, authenticate: Authenticate, listener: socket.sock
         _log.info("serving %s: OpenAI's base_url is http://%s:%s/v1", fleet.manifest.name, shown, port)
         if authenticate is anyone:
             _log.warning(
-                "no keys: all programs on this machine may do anything; TUNEFLEET_ADMIN_KEY ends that"
+                "no keys: any program on this machine may do anything; set TUNEFLEET_ADMIN_KEY"
             )
         await _server(fleet, authenticate).serve(sockets=[listener])
 
