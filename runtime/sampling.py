@@ -8,6 +8,7 @@ import torch
 
 from tunefleet.core import SamplingParams
 
+MIN_TEMPERATURE = 1e-6  # below it logits / temperature leaves fp32; the choice is the best token long before
 _MASK = (1 << 64) - 1
 
 
@@ -50,7 +51,7 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], indexes: list[int]
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, device=device, dtype=torch.float32).unsqueeze(1)
 
-    temperature = column([param.temperature for param in params])
+    temperature = column([max(param.temperature, MIN_TEMPERATURE) for param in params])
     ordered, order = torch.sort(logits / temperature, dim=-1, descending=True, stable=True)
     top_k = column([param.top_k or vocab for param in params])
     ordered = ordered.masked_fill(torch.arange(vocab, device=device) >= top_k, float("-inf"))
@@ -60,7 +61,8 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], indexes: list[int]
     cumulative = probs.cumsum(dim=-1)
     threshold = column([uniform(p.seed, i) for p, i in zip(params, indexes, strict=True)]) * cumulative[:, -1:]
     chosen = (cumulative <= threshold).sum(dim=-1, keepdim=True)
-    last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not step past the last possible token
+    # Rounding must not step past the last possible token; where none is (NaN, top_p near 0), the first is it.
+    last = ((probs > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     return order.gather(1, torch.minimum(chosen, last)).squeeze(1)
 
 
