@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from tunefleet.errors import BaseModelError
 
 QUICKSTART = "quickstart"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1  # of the prepared folder; a change prepares anew
+FORMAT = 2  # of the prepared folder; a change prepares anew
 
 
 class Source(NamedTuple):
@@ -118,14 +119,15 @@ def prepare_in_process(
     command += ["--name", source.name, "--dtype", dtype, "--cache-dir", str(cache_dir)]
     if source.revision:
         command += ["--revision", source.revision]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stdout:
-            progress(line.rstrip())
-        errors = process.stderr.read()
+    with tempfile.TemporaryFile("w+") as errors:  # a pipe full of progress bars would block it
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                progress(line.rstrip())
+        errors.seek(0)
+        lines = errors.read().splitlines()
     if process.returncode != 0:
-        last = next((line for line in reversed(errors.splitlines()) if line.strip()), "no reason given")
+        last = next((line for line in reversed(lines) if line.strip()), "no reason given")
         raise BaseModelError(last.removeprefix("error: "), param="base_model")
 
 

@@ -78,4 +78,4 @@ def _assign(model: nn.Module, base_dir: Path) -> None:
             tied = parameters.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
             owner._parameters[attribute] = tied
         else:
-            owner._buffers[attribute] = tensor
+            owner._buffers[attribute] = tensor.to(old.dtype)  # what transformers makes it for this dtype

@@ -54,8 +54,8 @@ def prepare(spec: str, folder: Path, *, name: str, dtype: str, cache_dir: Path, 
         print("comparing the engine with transformers", flush=True)
         manifest = _write_and_probe(model, manifest, out)
         if dtype != "float32":
-            save_model(model.to(getattr(torch, dtype)), out)
-            model.config.save_pretrained(out)
+            _cast_parameters(model, getattr(torch, dtype))
+            save_model(model, out)
             manifest = msgspec.structs.replace(manifest, dtype=dtype)
         write_manifest(manifest, out)
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,6 +87,12 @@ def _write_and_probe(model: PreTrainedModel, manifest: Manifest, out: Path) -> M
     save_model(model, out)
     write_manifest(manifest, out)
     return msgspec.structs.replace(manifest, probe_max_diff=probe(model, manifest, out))
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Buffers stay: RoPE's frequencies, rounded to bf16, would turn far positions by whole radians."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def write_manifest(manifest: Manifest, out: Path) -> None:
