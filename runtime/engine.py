@@ -162,6 +162,8 @@ class Engine:
             sequence.admitted_at = self._clock()
             if admission.activation is not None and sequence.digest is not None:
                 loaded = self._loaded.pop(sequence.digest)
+                for slot in admission.activation.evicted:
+                    self.banks.empty(slot)
                 self.banks.fill(admission.activation.slot, loaded.weights)
                 sequence.download_s, sequence.load_s = loaded.download_s, loaded.load_s
                 sequence.activate_s = self._clock() - sequence.admitted_at
@@ -213,7 +215,7 @@ class Engine:
             return "the prompt is empty", "invalid_request"
         if num_tokens >= limits.max_model_len:
             return f"{num_tokens} tokens leave no room in a context of {limits.max_model_len}", "context_length_exceeded"
-        if not all(0 <= token < self._vocab_size for token in work.prompt):
+        if not all(0 <= token < self._vocab_size for token in (*work.prompt, *work.generated)):
             return f"token ids must be below {self._vocab_size}", "invalid_request"
         if work.adapter is not None and not self.slots.fits_ever(work.adapter.rank):
             return f"rank {work.adapter.rank} does not fit device_adapter_bytes", "adapter_too_large"

@@ -31,7 +31,7 @@ class Activation(NamedTuple):
     """What to do to make an adapter resident: empty the evicted slots, fill this one."""
 
     slot: Slot
-    evicted: tuple[str, ...]
+    evicted: tuple[Slot, ...]
 
 
 @dataclasses.dataclass
@@ -84,11 +84,10 @@ class SlotTable:
         victims = self._victims(self._slot_bytes(rank_class))
         if victims is None:
             return None
-        for victim in victims:
-            self.deactivate(victim)
+        evicted = tuple(self.deactivate(victim) for victim in victims)
         slot = Slot(rank_class, self._take_index(rank_class))
         self._residents[digest] = _Resident(slot)
-        return Activation(slot, tuple(victims))
+        return Activation(slot, evicted)
 
     def deactivate(self, digest: str) -> Slot:
         resident = self._residents[digest]
