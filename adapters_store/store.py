@@ -151,7 +151,7 @@ class AdapterStore:
     ) -> Pushed:
         """Uploads the PEFT folder as the user's next version.
 
-        A push that has begun runs to its end even if the caller is cancelled.
+        A push that has begun runs to its end even if the caller is cancelled, which then waits for it.
 
         Raises:
             AdapterInvalid: what is wrong with the upload.
@@ -160,7 +160,9 @@ class AdapterStore:
         """
         adapter = self._adapter(user_id, name, tenant)
         checked_metadata = check_metadata(metadata or {})
-        return await self._transfer(lambda: self._push(adapter, folder, checked_metadata, promote=promote))
+        return await self._transfer.to_the_end(
+            lambda: self._push(adapter, folder, checked_metadata, promote=promote)
+        )
 
     async def resolve(
         self,
