@@ -91,7 +91,7 @@ class _Target:
     def write(self, file: str, chunks: Iterator[bytes]) -> None:
         limit = MAX_CONFIG_BYTES if file == CONFIG_FILE else self._max_bytes
         written = 0
-        with (self._into / file).open("xb") as out:
+        with _created(self._into / file) as out:
             for chunk in self._counted(chunks):
                 written += len(chunk)
                 if written > limit:
@@ -124,6 +124,13 @@ class _Target:
         folders = {path.rpartition("/")[0] for path in self._found.values()}
         if len(folders) != 1:
             raise _invalid(f"{CONFIG_FILE} and {WEIGHTS_FILE} are not in the same folder")
+
+
+def _created(path: Path) -> BinaryIO:
+    try:
+        return path.open("xb")
+    except OSError as error:
+        raise StoreError(f"the upload can't be unpacked: {error.strerror}") from error
 
 
 def _write(out: BinaryIO, chunk: bytes) -> None:

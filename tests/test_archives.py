@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapter_factory import make_adapter, make_manifest
+from tunefleet.adapters_store.archives import unpack
+from tunefleet.adapters_store.tar_stream import MAX_MEMBERS
+from tunefleet.errors import AdapterInvalid, StoreError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PAIR = {CONFIG: b"{}", WEIGHTS: b"weights"}
+LIMIT = 100_000
+
+
+def tar_of(
+    files: dict[str, bytes], *extra: tarfile.TarInfo, mode: str = "w", format: int = tarfile.PAX_FORMAT
+) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode, format=format) as archive:  # type: ignore[call-overload]
+        for info in extra:
+            archive.addfile(info)
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def zip_of(files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def unpacked(tmp_path: Path, raw: bytes, limit: int = LIMIT) -> dict[str, bytes]:
+    archive, into = tmp_path / "archive", tmp_path / "into"
+    archive.write_bytes(raw)
+    shutil.rmtree(into, ignore_errors=True)
+    into.mkdir()
+    unpack(archive, into, limit)
+    return {path.name: path.read_bytes() for path in into.iterdir()}
+
+
+def refusal_of(tmp_path: Path, raw: bytes, limit: int = LIMIT) -> AdapterInvalid:
+    with pytest.raises(AdapterInvalid) as refusal:
+        unpacked(tmp_path, raw, limit)
+    written = {path.name for path in (tmp_path / "into").iterdir()}
+    assert written <= PAIR.keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"archive", "into"}
+    return refusal.value
+
+
+MAKERS: dict[str, Callable[[dict[str, bytes]], bytes]] = {
+    "tar": tar_of,
+    "tar, GNU": lambda files: tar_of(files, format=tarfile.GNU_FORMAT),
+    "tar, ustar": lambda files: tar_of(files, format=tarfile.USTAR_FORMAT),
+    "tar.gz": lambda files: tar_of(files, mode="w:gz"),
+    "zip": zip_of,
+    "zip, stored": lambda files: zip_of(files, zipfile.ZIP_STORED),
+}
+
+
+@pytest.fixture(params=MAKERS.values(), ids=MAKERS.keys())
+def make(request: pytest.FixtureRequest) -> Callable[[dict[str, bytes]], bytes]:
+    maker: Callable[[dict[str, bytes]], bytes] = request.param
+    return maker
+
+
+Make = Callable[[dict[str, bytes]], bytes]
+
+
+@pytest.mark.parametrize("folder", ["", "./", "adapter/", "./adapter/", "f" * 90 + "/"])
+def test_the_two_files_come_out_and_nothing_else(tmp_path: Path, make: Make, folder: str) -> None:
+    others = {
+        f"{folder}README.md": b"# hi",
+        f"{folder}tokenizer.json": b"{}",
+        "._adapter_config.json": b"mac",
+    }
+    files = {f"{folder}{name}": content for name, content in PAIR.items()}
+    assert unpacked(tmp_path, make({**others, **files, f"{folder}optimizer.pt": b"x"})) == PAIR
+
+
+@pytest.mark.parametrize("kind", ["tar", "gztar", "zip"])
+def test_what_the_standard_library_packs_is_unpacked(tmp_path: Path, kind: str) -> None:
+    folder = make_adapter(tmp_path / "adapter", make_manifest())
+    archive = shutil.make_archive(str(tmp_path / "packed"), kind, tmp_path, "adapter")
+    (tmp_path / "into").mkdir()
+    unpack(Path(archive), tmp_path / "into", LIMIT)
+    for name in PAIR:
+        assert (tmp_path / "into" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names_that_are_not_ascii_are_read(tmp_path: Path, format: int) -> None:
+    files = {f"{'ü' * 100}/{name}": content for name, content in PAIR.items()}
+    assert unpacked(tmp_path, tar_of(files, format=format)) == PAIR
+
+
+BAD_NAMES = [
+    *("../adapter_config.json", "/adapter_config.json", "a/../../adapter_config.json", "/etc/passwd", ".."),
+    *("a/../adapter_config.json", "..\\x", "C:\\x", "C:/x", "a\\..\\b"),
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_leads_out_is_refused(tmp_path: Path, make: Make, name: str) -> None:
+    refusal = refusal_of(tmp_path, make({**PAIR, name: b"x"}))
+    assert (refusal.code, refusal.param) == ("invalid_archive", name)
+
+
+@pytest.mark.parametrize(
+    ("info", "what"),
+    [
+        (special(CONFIG, tarfile.SYMTYPE, "/etc/passwd"), "symbolic link"),
+        (special("other", tarfile.SYMTYPE, "/etc"), "symbolic link"),
+        (special(WEIGHTS, tarfile.LNKTYPE, CONFIG), "hard link"),
+        (special("device", tarfile.CHRTYPE), "device"),
+        (special("device", tarfile.BLKTYPE), "device"),
+        (special("pipe", tarfile.FIFOTYPE), "FIFO"),
+        (special("sparse", tarfile.GNUTYPE_SPARSE), "sparse"),
+        (special("odd", b"Z"), "unknown type"),
+    ],
+)
+def test_links_and_devices_in_a_tar_are_refused(tmp_path: Path, info: tarfile.TarInfo, what: str) -> None:
+    refusal = refusal_of(tmp_path, tar_of(PAIR, info))
+    assert refusal.code == "invalid_archive"
+    assert what in refusal.message
+    assert info.name in refusal.message
+
+
+def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
+    out = io.BytesIO(zip_of(PAIR))
+    with zipfile.ZipFile(out, "a") as archive:
+        link = zipfile.ZipInfo("link")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+    assert "'link' is a link" in refusal_of(tmp_path, out.getvalue()).message
+
+
+def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
+    raw = bytearray(zip_of(PAIR))
+    raw[raw.rfind(b"PK\x01\x02") + 8] |= 1
+    refusal = refusal_of(tmp_path, bytes(raw))
+    assert "encrypted" in refusal.message
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_another_compression_in_a_zip_is_refused(tmp_path: Path, compression: int) -> None:
+    assert "another method" in refusal_of(tmp_path, zip_of(PAIR, compression)).message
+
+
+def test_the_same_file_twice_is_refused(tmp_path: Path, make: Make) -> None:
+    assert "two adapters" in refusal_of(tmp_path, make({**PAIR, f"checkpoint-100/{CONFIG}": b"{}"})).message
+    assert "twice" in refusal_of(tmp_path, make({**PAIR, f"./{CONFIG}": b"{}"})).message
+
+
+def test_the_same_name_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
+    info = special("x", tarfile.REGTYPE)
+    assert "twice" in refusal_of(tmp_path, tar_of(PAIR, info, info)).message
+
+
+def test_files_too_deep_or_in_two_folders_are_refused(tmp_path: Path, make: Make) -> None:
+    deep = {f"a/b/{name}": content for name, content in PAIR.items()}
+    assert "deeper than one folder" in refusal_of(tmp_path, make(deep)).message
+    assert "same folder" in refusal_of(tmp_path, make({f"a/{CONFIG}": b"{}", f"b/{WEIGHTS}": b""})).message
+
+
+@pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
+def test_a_missing_file_is_named(tmp_path: Path, make: Make, missing: str) -> None:
+    files = {name: content for name, content in PAIR.items() if name != missing}
+    refusal = refusal_of(tmp_path, make({**files, "other": b""}))
+    assert (refusal.code, refusal.param) == ("missing_file", missing)
+
+
+def test_a_pickle_is_refused_by_name_unless_safetensors_are_there(tmp_path: Path, make: Make) -> None:
+    refusal = refusal_of(tmp_path, make({CONFIG: b"{}", "adapter_model.bin": b"\x80\x04."}))
+    assert (refusal.code, refusal.param) == ("pickle_refused", "adapter_model.bin")
+    assert unpacked(tmp_path, make({**PAIR, "adapter_model.bin": b"\x80\x04."})) == PAIR
+
+
+def test_a_bomb_is_stopped_at_the_limit_of_real_output(tmp_path: Path, make: Make) -> None:
+    refusal = refusal_of(tmp_path, make({CONFIG: b"{}", WEIGHTS: b"\0" * 50_000_000}))
+    assert refusal.code == "adapter_too_large"
+    assert (tmp_path / "into" / WEIGHTS).stat().st_size <= LIMIT
+
+
+def test_a_config_bomb_is_stopped_at_its_own_limit(tmp_path: Path, make: Make) -> None:
+    refusal = refusal_of(tmp_path, make({CONFIG: b" " * 70_000, WEIGHTS: b""}))
+    assert (refusal.code, refusal.param) == ("adapter_too_large", CONFIG)
+
+
+def test_what_is_skipped_in_a_tar_counts_too(tmp_path: Path) -> None:
+    refusal = refusal_of(tmp_path, tar_of({"junk": b"\0" * 50_000_000, **PAIR}, mode="w:gz"))
+    assert refusal.code == "adapter_too_large"
+
+
+def test_a_gzip_bomb_behind_the_tar_is_stopped(tmp_path: Path) -> None:
+    refusal = refusal_of(tmp_path, gzip.compress(tar_of(PAIR) + b"\0" * 50_000_000))
+    assert refusal.code == "adapter_too_large"
+
+
+def test_weights_of_exactly_the_limit_are_taken(tmp_path: Path, make: Make) -> None:
+    files = {CONFIG: b"{}", WEIGHTS: os.urandom(5000)}
+    assert unpacked(tmp_path, make(files), limit=5000)[WEIGHTS] == files[WEIGHTS]
+    assert refusal_of(tmp_path, make(files), limit=4999).code == "adapter_too_large"
+
+
+def test_too_many_members_are_refused(tmp_path: Path, make: Make) -> None:
+    files = {**{str(number): b"" for number in range(MAX_MEMBERS)}, **PAIR}
+    refusal = refusal_of(tmp_path, make(files))
+    assert refusal.code == "invalid_archive"
+    assert "members" in refusal.message
+
+
+def test_a_huge_zip_directory_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    refusal = refusal_of(tmp_path, zip_of({f"{number:0>200}": b"" for number in range(5000)}))
+    assert "directory" in refusal.message
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9])
+def test_a_cut_archive_is_refused(tmp_path: Path, make: Make, share: float) -> None:
+    raw = make({CONFIG: b"{}", WEIGHTS: os.urandom(20_000)})
+    cut = raw[: int(len(raw.rstrip(b"\0")) * share)]
+    assert refusal_of(tmp_path, cut).code in {"invalid_archive", "missing_file"}
+
+
+def test_a_flipped_bit_in_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    for raw in (zip_of({CONFIG: b"{}", WEIGHTS: os.urandom(5000)}), tar_of(PAIR, mode="w:gz")):
+        changed = bytearray(raw)
+        changed[len(raw) // 3] ^= 0x10
+        assert refusal_of(tmp_path, bytes(changed)).code == "invalid_archive"
+
+
+NO_ARCHIVES = [
+    *(b"", b"x", b"{}", b"\0" * 512, b"\0" * 10240, b"x" * 2000, b"BZh9", b"\xfd7zXZ\0"),
+    *(
+        b"PK",
+        b"PK\x03\x04",
+        b"PK\x05\x06" + b"\0" * 18,
+        b"\x1f\x8b",
+        gzip.compress(b""),
+        gzip.compress(b"hello"),
+    ),
+]
+
+
+@pytest.mark.parametrize("raw", NO_ARCHIVES)
+def test_what_is_no_archive_is_refused(tmp_path: Path, raw: bytes) -> None:
+    assert refusal_of(tmp_path, raw).code in {"invalid_archive", "missing_file"}
+
+
+def test_a_target_that_is_in_the_way_is_our_trouble_not_the_senders(tmp_path: Path) -> None:
+    (tmp_path / "archive").write_bytes(tar_of(PAIR))
+    with pytest.raises(StoreError):
+        unpack(tmp_path / "archive", tmp_path / "none", LIMIT)
+
+
+SEEDS = [maker({f"a/{name}": content for name, content in PAIR.items()}) for maker in MAKERS.values()]
+
+
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=4)), max_size=4),
+)
+@settings(max_examples=250, deadline=None)
+def test_mutated_archives_raise_nothing_else_and_write_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes, changes: list[tuple[float, bytes]]
+) -> None:
+    mutated = bytearray(raw)
+    for place, replacement in changes:
+        start = int(place * len(raw.rstrip(b"\0")))
+        mutated[start : start + len(replacement)] = replacement
+    folder = tmp_path_factory.mktemp("fuzz")
+    try:
+        files = unpacked(folder, bytes(mutated))
+    except AdapterInvalid:
+        files = {}
+    assert files.keys() <= PAIR.keys()
+    shutil.rmtree(folder)
