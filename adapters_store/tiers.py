@@ -99,7 +99,7 @@ class Tiers:
         Raises:
             AdapterLoadFailed: out of reach, corrupt or too large; ``retry_after_s`` says when to ask again.
         """
-        self._pins[ref.digest] += 1  # until this caller has it, nobody's eviction may take it
+        self._pins[_checked(ref.digest)] += 1  # until this caller has it, nobody's eviction may take it
         try:
             if self._is_on_host(ref.digest):
                 self._host.touch(ref.digest)
