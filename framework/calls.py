@@ -60,14 +60,14 @@ def push(
     promote: bool = True,
     metadata: Mapping[str, object] | None = None,
 ) -> Call[Version]:
-    upload = Path(path)
+    upload, url = Path(path), _adapter(user_id, name)
     missing = [file for file in FILES if not (upload / file).is_file()] if upload.is_dir() else []
     if missing or not upload.exists():
         what = f"no {missing[0]} in {upload}" if missing else f"there is no {upload}"
         raise AdapterInvalid(f"{what}: give a PEFT folder, or a tar or zip of one", code="missing_file")
     return Call(
         method="PUT",
-        path=_adapter(user_id, name),
+        path=url,
         query={} if promote else {"promote": "false"},
         headers={"X-Adapter-Metadata": _ascii_json(metadata)} if metadata else {},
         upload=upload,

@@ -138,7 +138,8 @@ class HostProcess:
         record = self._replicas.of(connection)
         if record is not None:
             record.connection = None
-            self._gone(record, "its connection closed")
+            if record.state is not ReplicaState.DRAINING or not self._parked_pid:  # else: until it is reaped
+                self._gone(record, "its connection closed")
         if connection in self._routers:
             self._routers.discard(connection)
             self._held = {key: router for key, router in self._held.items() if router is not connection}
@@ -161,8 +162,7 @@ class HostProcess:
         self._routers.add(router)
         if self._linger_timer is not None:
             self._linger_timer.cancel()
-        parked = self._parking.pid if self._parking else 0
-        router.send(Welcome(pid=os.getpid(), parked_pid=parked, replicas=self._replicas.infos()))
+        router.send(Welcome(pid=os.getpid(), parked_pid=self._parked_pid, replicas=self._replicas.infos()))
         self._scale()
 
     def _configure(self, options: HostOptions) -> None:
@@ -198,18 +198,21 @@ class HostProcess:
             router.send(replicas)
 
     async def _send_status(self, router: Connection[Inbound]) -> None:
-        parked = self._parking.pid if self._parking else 0
-        pids = {"host": os.getpid(), "parked": parked}
+        pids = {"host": os.getpid(), "parked": self._parked_pid}
         router.send(
             Status(
                 pid=os.getpid(),
-                parked_pid=parked,
+                parked_pid=self._parked_pid,
                 replicas=self._replicas.infos(),
                 pss_bytes={name: pss_bytes(pid) for name, pid in pids.items() if pid},
                 host_tier=self._tiers.host_bytes() if self._tiers else {},
                 last_error=self._last_error,
             )
         )
+
+    @property
+    def _parked_pid(self) -> int:
+        return self._parking.pid if self._parking else 0
 
     # ---- adapters
 
@@ -319,6 +322,8 @@ class HostProcess:
         record = self._replicas.get(message.replica_id)
         if record is not None:
             self._gone(record, _cause(message.exit_code))
+        elif message.exit_code != 0:  # its connection closed first; this says why
+            self._last_error = f"replica {message.replica_id}: {_cause(message.exit_code)}"
 
     def _gone(self, record: Record, cause: str) -> None:
         """A replica's process is gone, or never came to be."""
@@ -351,8 +356,9 @@ class HostProcess:
 
     def _on_parked_lost(self) -> None:
         log.error("the parked process is gone; starting another")
-        for record in self._replicas.in_state(ReplicaState.NEW):
-            self._gone(record, "the parked process ended")
+        for record in self._replicas:
+            if record.state is ReplicaState.NEW or record.connection is None:
+                self._gone(record, "the parked process ended")
         if not self._done.is_set():
             self._spawn(self._park())
 

@@ -102,6 +102,10 @@ class Machine:
     def replicas(self) -> tuple[ReplicaInfo, ...]:
         return self._replicas
 
+    async def changed(self) -> None:
+        """Returns at the host process's next news."""
+        await self._changed.wait()
+
     async def start(self) -> None:
         """Joins the host process, starting it if there is none.
 
@@ -177,8 +181,7 @@ class Machine:
             if asked_on is not self._host and self._host is not None:
                 asked_on = self._host
                 self._host.send(Wake(request_id=request_id))
-            changed = self._changed
-            await changed.wait()
+            await self.changed()
             failed = self._failed_wakes.pop(request_id, None)
             if failed is not None:
                 raise CapacityError(

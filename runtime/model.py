@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -33,7 +33,12 @@ def load_model(base_dir: Path) -> nn.Module:
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, manifest.dtype), attn_implementation=attention.NAME
         )
-    _assign(model, base_dir)
+    try:
+        _assign(model, base_dir)
+    except (OSError, SafetensorError) as error:
+        raise BaseModelError(
+            f"the prepared base in {base_dir} is damaged ({error}); run `tunefleet base prepare --force`"
+        ) from error
     model.requires_grad_(requires_grad=False)
     return model.eval()
 

@@ -99,9 +99,9 @@ class Parking:
                 self._on_reaped(message)
 
     def _on_close(self, _: Connection[ParkedToHost]) -> None:
-        self.pid = 0
+        was_ready, self.pid = self.pid != 0, 0
         self._fail("the parked process ended while starting; see host.log in cache_dir/hosts")
-        if self._process is not None:
+        if was_ready and self._process is not None:
             self._on_lost()
 
     def _fail(self, message: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tunefleet.adapters_store.catalog import _LIVE, AdapterName, Catalog, NewVersion
-from tunefleet.errors import AdapterConflict, AdapterNotFound, ConfigError, StoreError
+from tunefleet.errors import AdapterConflict, AdapterNotFound
 
 ALICE = AdapterName("default", "alice", "default", "tiny@1")
 NOON = datetime(2026, 11, 24, 12, 0, 0, 5, tzinfo=UTC)
@@ -166,21 +166,13 @@ def test_pages_go_by_cursor(catalog: Catalog) -> None:
 
 
 def test_a_lookup_uses_unique_indexes_only(catalog: Catalog, tmp_path: Path) -> None:
-    query = str(_LIVE.compile(catalog._engine))
+    query = str(_LIVE.compile(catalog._database.engine))
     with sqlite3.connect(tmp_path / "catalog.db") as connection:
         plan = connection.execute(f"EXPLAIN QUERY PLAN {query}", ("x",) * query.count("?")).fetchall()
     connection.close()
     steps = [row[3] for row in plan]
     assert len(steps) == 3
     assert all(step.startswith("SEARCH") and "INDEX" in step for step in steps), steps
-
-
-def test_a_commit_is_durable_and_the_log_is_wal(catalog: Catalog) -> None:
-    with catalog._read() as connection:
-        pragmas = [
-            connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")
-        ]
-    assert pragmas == ["wal", 2]
 
 
 def test_a_catalog_is_what_the_last_process_left(tmp_path: Path) -> None:
@@ -234,25 +226,3 @@ def test_processes_that_start_and_upload_at_once_lose_nothing(tmp_path: Path) ->
     versions = [record.version for record in catalog.versions(ALICE, after=None, limit=100)]
     catalog.close()
     assert versions == list(range(30, 0, -1))
-
-
-@pytest.mark.parametrize(
-    "url", ["", "nonsense", "sqlite://", "sqlite:///:memory:", "mysql://x/y", "oracle://x"]
-)
-def test_a_database_that_is_not_supported_is_a_config_error(url: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        Catalog(url)
-    assert refusal.value.param == "database_url"
-
-
-def test_a_file_that_is_no_database_is_a_store_error(tmp_path: Path) -> None:
-    (tmp_path / "catalog.db").write_bytes(b"not a database, but long enough to look at" * 100)
-    with pytest.raises(StoreError, match="catalog can't be used") as refusal:
-        Catalog(f"sqlite:///{tmp_path}/catalog.db")
-    assert refusal.value.code == "catalog_unavailable"
-
-
-def test_a_folder_that_cant_be_made_is_a_store_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="catalog can't be used"):
-        Catalog(f"sqlite:///{tmp_path}/file/catalog.db")

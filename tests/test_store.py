@@ -265,6 +265,45 @@ async def test_two_processes_pushing_for_one_user_make_two_versions(tmp_path: Pa
     await store.close()
 
 
+PUSH_ON = """
+import asyncio, sys
+from pathlib import Path
+from adapter_factory import make_adapter, make_manifest
+from tunefleet.adapters_store.store import AdapterStore
+from tunefleet.config import Options
+async def main():
+    manifest = make_manifest()
+    store = AdapterStore.open(Options(store_url=sys.argv[1], cache_dir=sys.argv[2]), manifest)
+    for seed in range(10_000):
+        pushed = await store.push("alice", make_adapter(Path(sys.argv[3]), manifest, seed=seed))
+        print(pushed.version.version, pushed.version.digest, flush=True)
+asyncio.run(main())
+"""
+
+
+async def test_an_acknowledged_push_survives_a_kill(tmp_path: Path) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    url, cache = (tmp_path / "store").as_uri(), str(tmp_path / "cache")
+    with subprocess.Popen(
+        [sys.executable, "-c", PUSH_ON, url, cache, str(tmp_path / "adapter")],
+        stdout=subprocess.PIPE,
+        env=environ,
+    ) as process:
+        assert process.stdout is not None
+        acknowledged = [process.stdout.readline().split() for _ in range(5)]
+        process.kill()
+        acknowledged += [line.split() for line in process.stdout if line.endswith(b"\n")]
+    store = AdapterStore.open(Options(store_url=url, cache_dir=cache), MANIFEST)
+    for number, digest in acknowledged:
+        assert (await store.version("alice", int(number))).digest == digest.decode()
+    for version in await store.versions("alice"):  # whatever is visible is whole
+        for file in FILES:
+            stored = await store.open_file("alice", version.version, file)
+            assert sum([len(chunk) async for chunk in stored]) == stored.size_bytes
+    assert (await store.resolve("alice")).version >= len(acknowledged)
+    await store.close()
+
+
 @pytest.mark.parametrize("file", FILES)
 async def test_files_come_back_byte_for_byte(tmp_path: Path, file: str) -> None:
     folder = adapter(tmp_path)

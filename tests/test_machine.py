@@ -1,0 +1,309 @@
+"""Real processes: a host process, a parked process, replicas and routers, over a tiny base."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+from engine_kit import Adapter, Oracle, greedy, make_adapter, prepare_model, tiny_model
+
+from tunefleet.adapters_store.store import AdapterStore
+from tunefleet.config import Options, resolve
+from tunefleet.core import AdapterRef, FinishReason, Manifest
+from tunefleet.errors import AdapterLoadFailed, CapacityError, ConfigError
+from tunefleet.messages import Progress, Submit
+from tunefleet.runtime.machine import Machine
+
+PROMPT = (5, 6, 7, 8)
+LONG = 200  # tokens: an answer that is still running when the test acts
+
+
+class World(NamedTuple):
+    """A prepared tiny base and an adapter, ready to be stored."""
+
+    base: Path
+    manifest: Manifest
+    adapter: Adapter
+    oracle: Oracle
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    model = tiny_model("llama")
+    manifest = prepare_model(model, root / "base")
+    adapter = make_adapter(
+        model, manifest, root / "adapter", 3, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
+    )
+    return World(root / "base", manifest, adapter, Oracle(model, [adapter]))
+
+
+def options_for(root: Path, **given: object) -> Options:
+    keywords: dict[str, object] = {
+        "cache_dir": str(root / "cache"),
+        "store_url": (root / "store").as_uri(),
+        "devices": "cpu",
+        "idle_timeout_s": 60.0,
+        "max_model_len": 256,
+    }
+    return resolve(keywords={**keywords, **given}, environ={})
+
+
+@contextlib.asynccontextmanager
+async def router(world: World, options: Options) -> AsyncIterator[Machine]:
+    machine = Machine(options, world.manifest, world.base)
+    await machine.start()
+    try:
+        yield machine
+    finally:
+        await machine.close()
+
+
+async def store_adapter(world: World, options: Options) -> AdapterRef:
+    store = AdapterStore.open(options, world.manifest)
+    try:
+        await store.push("ana", world.adapter.folder)
+        return (await store.resolve("ana")).ref
+    finally:
+        await store.close()
+
+
+async def answer(machine: Machine, work: Submit) -> list[int]:
+    return [token async for progress in machine.submit(work) for token in progress.tokens]
+
+
+def ask(request_id: str, num_tokens: int = 20, adapter: AdapterRef | None = None) -> Submit:
+    return Submit(request_id=request_id, prompt=PROMPT, sampling=greedy(num_tokens), adapter=adapter)
+
+
+async def until(machine: Machine, condition: str) -> None:
+    """Waits for the host process's news until it has ``zero`` or ``ready`` replicas, or they are ``idle``."""
+    async with asyncio.timeout(60):
+        while True:
+            replicas = machine.replicas
+            idle = bool(replicas) and not any(replica.num_running + replica.num_waiting for replica in replicas)
+            if {"zero": not replicas, "ready": bool(replicas), "idle": idle}[condition]:
+                return
+            await machine.changed()
+
+
+def test_a_replica_starts_on_the_first_request_stops_when_idle_and_starts_again(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        options = options_for(tmp_path, idle_timeout_s=0.3)
+        async with router(world, options) as machine:
+            assert machine.replicas == ()
+            first = machine.submit(ask("a"))
+            tokens = [token async for progress in first for token in progress.tokens]
+            assert first.cold_base
+            assert first.wake_s > 0
+            world.oracle.check(None, list(PROMPT), tokens)
+            pid = machine.replicas[0].pid
+            await until(machine, "zero")
+            assert not psutil.pid_exists(pid)
+            again = machine.submit(ask("b"))
+            assert tokens == [token async for progress in again for token in progress.tokens]
+            assert again.cold_base
+            status = await machine.status()
+            assert status.pss_bytes.keys() == {"host", "parked"}
+            assert status.replicas[0].pid != pid
+
+    asyncio.run(scenario())
+
+
+def test_an_adapter_comes_from_the_store_and_changes_the_answer(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        options = options_for(tmp_path)
+        ref = await store_adapter(world, options)
+        async with router(world, options) as machine:
+            base, mine, again = await asyncio.gather(
+                answer(machine, ask("a")), answer(machine, ask("b", adapter=ref)), answer(machine, ask("c", adapter=ref))
+            )
+            world.oracle.check(None, list(PROMPT), base)
+            world.oracle.check(ref.digest, list(PROMPT), mine)
+            assert mine == again != base
+            status = await machine.status()
+            assert status.host_tier.keys() == {ref.digest}
+            await machine.forget(ref.digest)
+            assert (await machine.status()).host_tier == {}
+
+    asyncio.run(scenario())
+
+
+def test_a_wrong_byte_in_the_store_hurts_only_its_own_user(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        options = options_for(tmp_path)
+        ref = await store_adapter(world, options)
+        weights = next((tmp_path / "store").rglob("adapter_model.safetensors"))
+        weights.chmod(0o600)
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        async with router(world, options) as machine:
+            good = asyncio.create_task(answer(machine, ask("good", LONG)))
+            with pytest.raises(AdapterLoadFailed):
+                await answer(machine, ask("bad", adapter=ref))
+            world.oracle.check(None, list(PROMPT), await good)
+
+    asyncio.run(scenario())
+
+
+def test_routers_share_one_host_process_and_one_replica(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        options = options_for(tmp_path)
+        async with router(world, options) as one, router(world, options) as two:
+            tokens = await asyncio.gather(*(answer(machine, ask(f"{id(machine)}")) for machine in (one, two)))
+            assert tokens[0] == tokens[1]
+            statuses = await asyncio.gather(one.status(), two.status())
+            assert statuses[0].pid == statuses[1].pid
+            assert len(statuses[0].replicas) == 1
+            with pytest.raises(ConfigError, match="idle_timeout_s"):
+                async with router(world, options_for(tmp_path, idle_timeout_s=61.0)):
+                    pass
+
+    asyncio.run(scenario())
+
+
+def test_a_closed_stream_frees_its_sequence_and_leaves_others_whole(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with router(world, options_for(tmp_path)) as machine:
+            other = asyncio.create_task(answer(machine, ask("other", 100)))
+            run = machine.submit(ask("closed", LONG))
+            async for _ in run:
+                break
+            await run.aclose()
+            world.oracle.check(None, list(PROMPT), await other)
+            await until(machine, "idle")
+            assert len(machine.replicas) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_replica_loses_no_token(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        options = options_for(tmp_path)
+        ref = await store_adapter(world, options)
+        async with router(world, options) as machine:
+            whole = await answer(machine, ask("whole", LONG, ref))
+            run = machine.submit(ask("killed", LONG, ref))
+            tokens: list[int] = []
+            killed = ""
+            reasons: list[FinishReason | None] = []
+            async for progress in run:
+                assert isinstance(progress, Progress)
+                tokens += progress.tokens
+                reasons.append(progress.finish_reason)
+                if len(tokens) == 20:
+                    killed = run.replica_id
+                    os.kill(machine.replicas[0].pid, signal.SIGKILL)
+            assert run.replica_id != killed != ""
+            assert reasons[-1] is FinishReason.LENGTH
+            assert tokens == whole
+            async with asyncio.timeout(30):
+                while "SIGKILL" not in (await machine.status()).last_error:
+                    await machine.changed()
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_host_process_comes_back_and_requests_are_held_meanwhile(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with router(world, options_for(tmp_path)) as machine:
+            whole = await answer(machine, ask("whole", LONG))
+            pid = (await machine.status()).pid
+            run = machine.submit(ask("held", LONG))
+            tokens = []
+            async for progress in run:
+                tokens += progress.tokens
+                if len(tokens) == 20:
+                    os.kill(pid, signal.SIGKILL)
+            assert tokens == whole
+            assert (await machine.status()).pid != pid
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_parked_process_comes_back(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with router(world, options_for(tmp_path)) as machine:
+            before = await answer(machine, ask("a"))
+            status = await machine.status()
+            os.kill(status.parked_pid, signal.SIGKILL)
+            os.kill(status.replicas[0].pid, signal.SIGKILL)
+            assert await answer(machine, ask("b")) == before
+            assert (await machine.status()).parked_pid not in (0, status.parked_pid)
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_router_takes_nothing_with_it(world: World, tmp_path: Path) -> None:
+    """A second router in a process of its own is killed while both stream."""
+
+    async def scenario() -> None:
+        options = options_for(tmp_path)
+        async with router(world, options) as machine:
+            await machine.warmup()
+            code = (
+                "import asyncio, sys, test_machine as t\n"
+                "from pathlib import Path\n"
+                "from tunefleet.runtime.base import read_manifest\n"
+                "async def main():\n"
+                "    base = Path(sys.argv[2])\n"
+                "    world = t.World(base, read_manifest(base), None, None)\n"
+                "    async with t.router(world, t.options_for(Path(sys.argv[1]))) as machine:\n"
+                "        async for _ in machine.submit(t.ask('theirs', 245)):\n"
+                "            print('streaming', flush=True)\n"
+                "asyncio.run(main())\n"
+            )
+            environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+            command = [sys.executable, "-c", code, str(tmp_path), str(world.base)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as theirs:
+                assert theirs.stdout is not None
+                await asyncio.to_thread(theirs.stdout.readline)
+                run = asyncio.create_task(answer(machine, ask("ours", LONG)))
+                theirs.kill()
+            world.oracle.check(None, list(PROMPT), await run)
+            await until(machine, "idle")
+            assert len((await machine.status()).replicas) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_base_that_can_not_be_loaded_is_an_error_with_its_reason(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        for file in world.base.iterdir():
+            content = file.read_bytes()
+            (broken / file.name).write_bytes(content[:-100] if file.suffix == ".safetensors" else content)
+        machine = Machine(options_for(tmp_path), world.manifest, broken)
+        await machine.start()
+        try:
+            with pytest.raises(CapacityError, match=r"could be started.*base prepare") as caught:
+                await answer(machine, ask("a"))
+            assert caught.value.retry_after_s > 0
+        finally:
+            await machine.close()
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_left_when_the_last_router_has_gone(world: World, tmp_path: Path) -> None:
+    async def scenario() -> set[int]:
+        async with router(world, options_for(tmp_path)) as machine:
+            await machine.warmup()
+            status = await machine.status()
+            return {status.pid, status.parked_pid, status.replicas[0].pid}
+
+    pids = asyncio.run(scenario())
+    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, left = psutil.wait_procs(alive, timeout=30)
+    assert left == []

@@ -1,0 +1,136 @@
+"""The official client of OpenAI against a real server: what it sends is understood, what it expects is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import openai
+import pytest
+from router_kit import HELLO, Kit, run_async, serving
+
+from tunefleet import Client
+from tunefleet.auth import admin_key
+from tunefleet.core import Version
+from tunefleet.errors import CapacityError
+from tunefleet.http.app import create_app
+
+KEY = "k1"
+
+
+class Server(NamedTuple):
+    kit: Kit
+    url: str
+    alice: Version  # the live one of two
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    kit = Kit(tmp_path_factory.mktemp("openai"))
+    with serving(create_app(kit.fleet(), admin_key(KEY), with_lifespan=True)) as url:
+        with Client(url, KEY) as client:
+            client.adapters.push("alice", kit.adapter(1))
+            alice = client.adapters.push("alice", kit.adapter(2))
+        yield Server(kit, url, alice)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def test_chat(server: Server, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="user:alice", messages=HELLO, max_tokens=50, temperature=0.1, seed=1, stop=["x"], user="bob", n=1
+    )
+    assert answer.choices[0].message.content == f"I am {server.alice.digest[:8]}."
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.model_extra is not None
+    assert answer.model_extra["tunefleet"]["adapter_version"] == 2
+
+
+def test_the_user_by_header_with_the_bases_name(server: Server, client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny", messages=HELLO, extra_headers={"X-User-Id": "alice"}
+    )
+    assert raw.headers["x-adapter-digest"] == server.alice.digest
+    assert raw.parse().choices[0].message.content == f"I am {server.alice.digest[:8]}."
+
+
+def test_a_stream_with_usage(server: Server, client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model="user:alice", messages=HELLO, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    texts = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert "".join(texts) == f"I am {server.alice.digest[:8]}."
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens > 0
+
+
+def test_the_stream_helper_puts_the_answer_together(server: Server, client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(model="user:alice", messages=HELLO) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == f"I am {server.alice.digest[:8]}."
+
+
+def test_an_answer_can_be_handed_back_as_a_turn(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=HELLO)
+    again = client.chat.completions.create(
+        model="tiny", messages=[*HELLO, answer.choices[0].message, *HELLO]  # type: ignore[list-item]
+    )
+    assert again.choices[0].message.content == "I am the base."
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    assert client.completions.create(model="tiny", prompt="hello").choices[0].text == "I am the base."
+    chunks = client.completions.create(model="tiny", prompt=[5, 6, 7], stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "I am the base."
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "user:alice"]
+    assert client.models.retrieve("user:alice").id == "user:alice"
+
+
+def test_refusals_are_the_clients_own_errors(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="user:bob", messages=HELLO)
+    assert missing.value.code == "adapter_not_found"
+    with pytest.raises(openai.BadRequestError) as unsupported:
+        client.chat.completions.create(model="tiny", messages=HELLO, n=2)
+    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "n")
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body={"adapter_id": "x"})
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="other").models.list()
+
+
+def test_the_client_retries_after_the_time_we_say(server: Server, client: openai.OpenAI) -> None:
+    server.kit.dispatcher.error = CapacityError("full", retry_after_s=1, code="queue_full")
+    try:
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(model="tiny", messages=HELLO)
+    finally:
+        server.kit.dispatcher.error = None
+    assert caught.value.response.headers["retry-after"] == "1"
+
+
+@run_async
+async def _async_client(server: Server) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+        answer = await client.chat.completions.create(model="user:alice", messages=HELLO)  # type: ignore[arg-type]
+        assert answer.choices[0].message.content == f"I am {server.alice.digest[:8]}."
+        stream = await client.chat.completions.create(model="tiny", messages=HELLO, stream=True)  # type: ignore[call-overload]
+        texts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        assert "".join(texts) == "I am the base."
+
+
+def test_the_async_client(server: Server) -> None:
+    _async_client(server)
