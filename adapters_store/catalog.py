@@ -1,33 +1,21 @@
 """The catalog: who has which adapters, which version is live. SQL decides; objects are dumb.
 
-Synchronous; safe to call from several threads and several processes. Each method is one transaction. On
-SQLite, writers take the lock at once (``BEGIN IMMEDIATE``: the default mode loses updates), and a commit is
-on the disk when it returns (``synchronous=FULL``).
+Synchronous; safe to call from several threads and several processes. Each method is one transaction.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, Engine, Row, Select, bindparam, create_engine, event, func, select
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import Connection, Row, Select, bindparam, func, select
 
-from tunefleet.adapters_store import schema
+from tunefleet.adapters_store.database import Database
 from tunefleet.adapters_store.schema import adapters, live_history, tenants, users, versions
 from tunefleet.core import AdapterRef
-from tunefleet.errors import AdapterConflict, AdapterNotFound, ConfigError, StoreError
-
-NUM_CONNECTIONS = 16
-BUSY_TIMEOUT_MS = 10_000
+from tunefleet.errors import AdapterConflict, AdapterNotFound
 
 
 class AdapterName(NamedTuple):
@@ -84,19 +72,15 @@ class Catalog:
     """Lives as long as its process serves; ``close`` gives the connections back."""
 
     def __init__(self, database_url: str, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        url = _checked_url(database_url)
+        self._database = Database(database_url)
         self._now = now
-        self._engine = _engine(url)
-        self._writer = self._engine.execution_options(write=True)
-        with _store_errors():
-            _create_tables(self._engine, Path(str(url.database)))
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
 
     def add_version(self, adapter: AdapterName, new: NewVersion, *, promote: bool) -> Added:
         """Records an upload as the next version, unless the newest version has the same digest."""
-        with self._write() as connection:
+        with self._database.write() as connection:
             row = self._adapter_row(connection, adapter)
             newest = _newest(connection, row.adapter_id)
             if newest is not None and newest.digest == new.digest:
@@ -130,12 +114,12 @@ class Catalog:
         return self._find(adapter, _NUMBERED, {"version": version})
 
     def version(self, adapter: AdapterName, version: int) -> VersionRecord:
-        with self._read() as connection:
+        with self._database.read() as connection:
             return _version(connection, adapter, version)
 
     def newest(self, adapter: AdapterName) -> VersionRecord | None:
         """The version with the highest number, or None."""
-        with self._read() as connection:
+        with self._database.read() as connection:
             rows = connection.execute(_records(adapter).limit(1)).all()
             return _record(rows[0], rows[0].live_version) if rows else None
 
@@ -144,7 +128,7 @@ class Catalog:
         query = _records(adapter).limit(limit)
         if after is not None:
             query = query.where(versions.c.version < after)
-        with self._read() as connection:
+        with self._database.read() as connection:
             return [_record(row, row.live_version) for row in connection.execute(query)]
 
     def users(self, tenant: str, *, after: str | None, limit: int) -> list[UserRecord]:
@@ -152,11 +136,11 @@ class Catalog:
         query = _users(tenant).order_by(users.c.user_id).limit(limit)
         if after is not None:
             query = query.where(users.c.user_id > after)
-        with self._read() as connection:
+        with self._database.read() as connection:
             return [UserRecord(*row) for row in connection.execute(query)]
 
     def user(self, tenant: str, user_id: str) -> UserRecord:
-        with self._read() as connection:
+        with self._database.read() as connection:
             row = connection.execute(_users(tenant).where(users.c.user_id == user_id)).one_or_none()
         if row is None:
             raise AdapterNotFound(f"there is no user {user_id!r}", code="user_not_found", param="user_id")
@@ -169,7 +153,7 @@ class Catalog:
             AdapterNotFound: no such version.
             AdapterConflict: ``if_live`` was given and another version is live.
         """
-        with self._write() as connection:
+        with self._database.write() as connection:
             found = _version(connection, adapter, version)
             row = connection.execute(_adapter(adapter)).one()
             if if_live is not None and row.live_version != if_live:
@@ -218,7 +202,7 @@ class Catalog:
         return connection.execute(_adapter(adapter)).one()
 
     def _find(self, adapter: AdapterName, query: Select[Any], extra: dict[str, object]) -> LiveAdapter:
-        with self._read() as connection:
+        with self._database.read() as connection:
             row = connection.execute(query, {**adapter._asdict(), **extra}).one_or_none()
         if row is None or row.digest is None:
             raise _not_found(adapter, extra.get("version"), row)
@@ -234,16 +218,6 @@ class Catalog:
 
     def _timestamp(self) -> str:
         return self._now().astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        with _store_errors(), self._engine.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        with _store_errors(), self._writer.begin() as connection:
-            yield connection
 
 
 def _lookup(on_version: Any) -> Select[Any]:
@@ -363,61 +337,3 @@ def _not_found(adapter: AdapterName, version: object, row: Row[Any] | None) -> A
             f"`tunefleet adapters push {adapter.user_id} DIR` or PUT /v1/users/{adapter.user_id}/adapter"
         )
     return AdapterNotFound(problem, param="user_id", fallback=row.fallback if row is not None else None)
-
-
-def _checked_url(database_url: str) -> URL:
-    try:
-        url = make_url(database_url)
-    except ArgumentError as error:
-        raise ConfigError("database_url must look like sqlite:///path", param="database_url") from error
-    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
-        raise ConfigError("database_url must be a file of SQLite: sqlite:///path", param="database_url")
-    return url
-
-
-def _engine(url: URL) -> Engine:
-    engine = create_engine(url, pool_size=NUM_CONNECTIONS, max_overflow=0)
-    event.listen(engine, "connect", _on_connect)
-    event.listen(engine, "begin", _on_begin)
-    return engine
-
-
-def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN comes too late
-    for pragma in (
-        f"busy_timeout={BUSY_TIMEOUT_MS}",
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _on_begin(connection: Connection) -> None:
-    is_write = connection.get_execution_options().get("write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
-
-
-def _create_tables(engine: Engine, database: Path) -> None:
-    """Under a lock of its own: two processes that switch a file to WAL at once fail, they don't wait."""
-    database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(f"{database}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        with engine.execution_options(write=True).begin() as connection:
-            schema.metadata.create_all(connection)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def _store_errors() -> Iterator[None]:
-    try:
-        yield
-    except SQLAlchemyError as error:
-        cause = getattr(error, "orig", None) or error
-        raise StoreError(f"the catalog can't be used: {cause}", code="catalog_unavailable") from error
-    except OSError as error:
-        raise StoreError(
-            f"the catalog can't be used: {error.strerror}", code="catalog_unavailable"
-        ) from error
