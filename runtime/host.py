@@ -324,6 +324,7 @@ class HostProcess:
             self._gone(record, _cause(message.exit_code))
         elif message.exit_code != 0:  # its connection closed first; this says why
             self._last_error = f"replica {message.replica_id}: {_cause(message.exit_code)}"
+            self._tell_routers()
 
     def _gone(self, record: Record, cause: str) -> None:
         """A replica's process is gone, or never came to be."""
