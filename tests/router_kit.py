@@ -114,7 +114,9 @@ def api(kit: Kit, authenticate: Authenticate = anyone, **more: object) -> Iterat
         yield client
 
 
-def upload(client: TestClient, path: Path, url: str = "/v1/users/alice/adapter", **more: Any) -> httpx2.Response:
+def upload(
+    client: TestClient, path: Path, url: str = "/v1/users/alice/adapter", **more: Any
+) -> httpx2.Response:
     """Uploads a PEFT folder as multipart parts."""
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((path / name).open("rb")) for name in FILES}

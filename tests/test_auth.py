@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from router_kit import Kit, api, ask, upload
 from starlette.requests import Request
 
+from router_kit import Kit, api, ask, upload
 from tunefleet.auth import Caller, admin_key, check_exposure
 from tunefleet.errors import AdapterNotFound, AuthError, ConfigError, RequestInvalid
 
@@ -87,15 +87,23 @@ def test_over_http_another_user_is_as_if_not_there(tmp_path: Path) -> None:
     with api(kit, _as_named) as client:
         for name in ("alice", "bob"):
             url = f"/v1/users/{name}/adapter"
-            assert upload(client, kit.adapter(), url, headers={"x-session": f"{name} upload"}).status_code == 201
+            assert (
+                upload(client, kit.adapter(), url, headers={"x-session": f"{name} upload"}).status_code == 201
+            )
         alice = {"x-session": "alice infer,upload"}
         for path in ("", "/adapter", "/adapter/versions", "/adapter/versions/1"):
             there = client.get(f"/v1/users/bob{path}", headers=alice)
             nowhere = client.get(f"/v1/users/nobody{path}", headers=alice)
             assert (there.status_code, nowhere.status_code) == (404, 404)
-            assert there.json() == {**nowhere.json(), "error": {**nowhere.json()["error"], **_bob(there.json())}}
+            assert there.json() == {
+                **nowhere.json(),
+                "error": {**nowhere.json()["error"], **_bob(there.json())},
+            }
         assert upload(client, kit.adapter(1), "/v1/users/bob/adapter", headers=alice).status_code == 404
-        assert client.post("/v1/users/bob/adapter/promote", json={"version": 1}, headers=alice).status_code == 404
+        assert (
+            client.post("/v1/users/bob/adapter/promote", json={"version": 1}, headers=alice).status_code
+            == 404
+        )
         assert client.get("/v1/models/user:bob", headers=alice).status_code == 404
         assert client.post("/v1/warmup", json={"user_id": "bob"}, headers=alice).json()["error"]["code"] == (
             "user_mismatch"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from router_kit import HELLO, Kit, run_async, serving
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
+from router_kit import HELLO, Kit, run_async, serving
 from tunefleet import AsyncClient, Client, Fleet
 from tunefleet.answers import Chunk
 from tunefleet.auth import admin_key, anyone
@@ -180,7 +180,10 @@ def test_the_environment_says_where_the_server_is(tmp_path: Path, monkeypatch: p
 
 
 def test_a_server_that_is_not_there_is_said_to_be() -> None:
-    with Client("http://127.0.0.1:9") as client, pytest.raises(ReplicaError, match="tunefleet serve") as caught:
+    with (
+        Client("http://127.0.0.1:9") as client,
+        pytest.raises(ReplicaError, match="tunefleet serve") as caught,
+    ):
         client.status()
     assert caught.value.code == "unreachable"
 
@@ -258,7 +261,12 @@ def test_a_late_failure_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [(Fleet, AsyncClient), (Fleet, Client), (FleetAdapters, AsyncClientAdapters), (FleetAdapters, ClientAdapters)],
+    [
+        (Fleet, AsyncClient),
+        (Fleet, Client),
+        (FleetAdapters, AsyncClientAdapters),
+        (FleetAdapters, ClientAdapters),
+    ],
 )
 def test_library_and_clients_share_one_surface(ours: type, theirs: type) -> None:
     shared = {"chat", "stream", "complete", "users", "status", "warmup"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from router_kit import write_tokenizer
 
+from router_kit import write_tokenizer
 from tunefleet.text import Tokenizer
 
 THINK = (

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
-from router_kit import HELLO, Kit, ask, run_async
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
+from router_kit import HELLO, Kit, ask, run_async
 from tunefleet import Fleet
 from tunefleet.auth import Caller
 from tunefleet.errors import AdapterInvalid, AdapterNotFound, ConfigError, InvalidState, RequestInvalid
@@ -44,7 +44,9 @@ async def test_versions_are_listed_promoted_and_asked_for(tmp_path: Path) -> Non
         for seed in range(3):
             await fleet.adapters.push("alice", kit.adapter(seed), promote=seed == 0)
         assert [version.version for version in await fleet.adapters.list("alice")] == [3, 2, 1]
-        assert [version.version for version in await fleet.adapters.versions("alice", after=3, limit=1)] == [2]
+        assert [version.version for version in await fleet.adapters.versions("alice", after=3, limit=1)] == [
+            2
+        ]
         assert (await fleet.adapters.live("alice")).version == 1
         assert (await fleet.adapters.promote("alice", 3, if_live=1)).live
         assert (await fleet.chat("alice", HELLO)).version == 3
@@ -159,7 +161,10 @@ def test_a_fastapi_app_mounts_it_and_tells_who_calls(tmp_path: Path) -> None:
     with TestClient(api, base_url="http://testserver/ai") as client:
         session = {"x-session": "alice"}
         folder = kit.adapter()
-        files = {name: (folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+        files = {
+            name: (folder / name).read_bytes()
+            for name in ("adapter_config.json", "adapter_model.safetensors")
+        }
         uploaded = client.put("/v1/users/alice/adapter", files=files, headers=session)
         assert uploaded.status_code == 201
         expected = f"I am {uploaded.json()['digest'][:8]}."
@@ -169,7 +174,9 @@ def test_a_fastapi_app_mounts_it_and_tells_who_calls(tmp_path: Path) -> None:
         assert ask(client, headers={"x-session": "bob"}).status_code == 404
 
 
-def test_mounting_without_a_word_about_callers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mounting_without_a_word_about_callers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TUNEFLEET_ADMIN_KEY", raising=False)
     fleet = Kit(tmp_path).fleet()
     with pytest.raises(ConfigError, match="authenticate"):
@@ -214,5 +221,7 @@ def test_routers_import_neither_torch_nor_transformers(tmp_path: Path) -> None:
         "import sys, tunefleet.fleet, tunefleet.http.app, tunefleet.generation, tunefleet.cli.main, tunefleet.client\n"
         "print(sorted({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from router_kit import HELLO, Kit, run_async
 
+from router_kit import HELLO, Kit, run_async
 from tunefleet.core import ColdStart, FinishReason
 from tunefleet.errors import AdapterNotFound, CapacityError, ReplicaError, RequestInvalid
 from tunefleet.generation import Generation, Generations
@@ -121,8 +121,12 @@ async def test_without_a_seed_two_requests_differ_in_it(tmp_path: Path) -> None:
     assert first != second
 
 
-@pytest.mark.parametrize("fields", [{"max_tokens": 505}, {"messages": [{"role": "user", "content": "x " * 600}]}])
-def test_what_does_not_fit_the_context_is_refused_with_numbers(tmp_path: Path, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fields", [{"max_tokens": 505}, {"messages": [{"role": "user", "content": "x " * 600}]}]
+)
+def test_what_does_not_fit_the_context_is_refused_with_numbers(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
     kit = Kit(tmp_path)
 
     @run_async
@@ -313,7 +317,9 @@ async def test_timing_and_company_are_taken_from_the_machine(tmp_path: Path) -> 
 @run_async
 async def test_a_woken_replica_is_a_cold_base(tmp_path: Path) -> None:
     kit = Kit(tmp_path)
-    done = Progress(request_id="x", tokens=(10,), timing=Timing(adapter_cold=True), finish_reason=FinishReason.STOP)
+    done = Progress(
+        request_id="x", tokens=(10,), timing=Timing(adapter_cold=True), finish_reason=FinishReason.STOP
+    )
     scripted(kit, done, cold_base=True)
     assert (await run_script(kit)).cold_start is ColdStart.BASE
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from router_kit import Kit, api, ask, serving, upload
 from starlette.testclient import TestClient
 
+from router_kit import Kit, api, ask, serving, upload
 from tunefleet.auth import anyone
 from tunefleet.calls import FILES
 from tunefleet.http.app import create_app
@@ -114,7 +114,10 @@ def test_metadata_comes_by_header_or_part(kit: Kit, client: TestClient) -> None:
     assert client.put(URL, files=files).json()["metadata"] == {"run": "é"}
     both = client.put(URL, files=files, headers={"X-Adapter-Metadata": "{}"})
     assert code(both) == (400, "invalid_request")
-    assert code(upload(client, kit.adapter(1), headers={"X-Adapter-Metadata": "[1]"})) == (400, "invalid_metadata")
+    assert code(upload(client, kit.adapter(1), headers={"X-Adapter-Metadata": "[1]"})) == (
+        400,
+        "invalid_metadata",
+    )
     large = {**contents(kit.adapter(2)), "metadata": json.dumps({"x": "y" * 5000}).encode()}
     assert code(client.put(URL, files=large)) == (400, "invalid_metadata")
 
@@ -123,7 +126,11 @@ def test_versions_are_looked_at_and_downloaded_byte_for_byte(kit: Kit, client: T
     for seed in (1, 2, 3):
         upload(client, kit.adapter(seed))
     live = client.get(URL).json()
-    assert live == client.get(f"{URL}/versions/3").json() == client.get("/v1/users/alice/adapters/default").json()
+    assert (
+        live
+        == client.get(f"{URL}/versions/3").json()
+        == client.get("/v1/users/alice/adapters/default").json()
+    )
     page = client.get(f"{URL}/versions?limit=2").json()
     assert ([version["version"] for version in page["data"]], page["has_more"]) == ([3, 2], True)
     rest = client.get(f"{URL}/versions?limit=2&after=2").json()
@@ -239,7 +246,10 @@ def test_an_upload_over_the_limit_is_413_with_the_limit(client: TestClient, chun
 def test_a_content_digest_is_verified(kit: Kit, client: TestClient) -> None:
     body = zip_of(kit.adapter())
     assert code(client.put(URL, content=body, headers=digest_of(body + b"x"))) == (400, "digest_mismatch")
-    assert code(client.put(URL, content=body, headers={"Content-Digest": "md5=:aa:"})) == (400, "invalid_digest")
+    assert code(client.put(URL, content=body, headers={"Content-Digest": "md5=:aa:"})) == (
+        400,
+        "invalid_digest",
+    )
     assert client.get("/v1/users").json()["data"] == []
     assert client.put(URL, content=body, headers=digest_of(body, "sha-512")).status_code == 201
 

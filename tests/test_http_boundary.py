@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
-from router_kit import Kit, api, ask, serving
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
+from router_kit import Kit, api, ask, serving
 from tunefleet.auth import anyone
 from tunefleet.http.app import create_app
 
 
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with api(Kit(tmp_path_factory.mktemp("boundary"))) as client:
+        yield client
+
+
 @pytest.mark.parametrize("given", ["a", "req_1.2:3", "x" * 128, "!~"])
-def test_a_sane_request_id_is_the_answers(tmp_path: Path, given: str) -> None:
-    with api(Kit(tmp_path)) as client:
-        assert client.get("/healthz", headers={"X-Request-Id": given}).headers["x-request-id"] == given
+def test_a_sane_request_id_is_the_answers(client: TestClient, given: str) -> None:
+    assert client.get("/healthz", headers={"X-Request-Id": given}).headers["x-request-id"] == given
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "é", "a\tb"])
-def test_any_other_is_replaced(tmp_path: Path, given: str) -> None:
-    with api(Kit(tmp_path)) as client:
-        answered = client.get("/healthz", headers={"X-Request-Id": given.encode()}).headers["x-request-id"]
-        assert answered != given
-        assert len(answered) == 32
+def test_any_other_is_replaced(client: TestClient, given: str) -> None:
+    answered = client.get("/healthz", headers={"X-Request-Id": given.encode()}).headers["x-request-id"]
+    assert answered != given
+    assert len(answered) == 32
 
 
 def test_unknown_routes_and_methods_have_the_shape_of_all_errors(tmp_path: Path) -> None:
@@ -61,12 +66,13 @@ def test_unknown_routes_and_methods_have_the_shape_of_all_errors(tmp_path: Path)
         ("/v1/users/a/b/adapter", 404),
     ],
 )
-def test_an_id_that_can_not_exist_never_becomes_another_users(tmp_path: Path, path: str, status: int) -> None:
-    kit = Kit(tmp_path)
-    with api(kit) as client:
-        assert client.get(path).status_code == status
-        if status == 422:
-            assert client.get(path).json()["error"]["code"] in {"invalid_user_id", "invalid_adapter_name"}
+def test_an_id_that_can_not_exist_never_becomes_another_users(
+    client: TestClient, path: str, status: int
+) -> None:
+    response = client.get(path)
+    assert response.status_code == status
+    if status == 422:
+        assert response.json()["error"]["code"] in {"invalid_user_id", "invalid_adapter_name"}
 
 
 def test_every_allowed_character_works_in_a_path(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from router_kit import HELLO, Kit, api, ask, serving, upload
 from starlette.testclient import TestClient
 
+from router_kit import HELLO, Kit, api, ask, serving, upload
 from tunefleet.auth import anyone
 from tunefleet.errors import (
     AdapterLoadFailed,
@@ -81,7 +81,9 @@ def test_a_chat_has_openais_shape_and_our_headers(kit: Kit, client: TestClient) 
 def test_a_completion_has_openais_shape(client: TestClient) -> None:
     body = client.post("/v1/completions", json={"prompt": "hello", "model": "tiny"}).json()
     assert (body["object"], body["model"]) == ("text_completion", "tiny")
-    assert body["choices"] == [{"index": 0, "text": "I am the base.", "logprobs": None, "finish_reason": "stop"}]
+    assert body["choices"] == [
+        {"index": 0, "text": "I am the base.", "logprobs": None, "finish_reason": "stop"}
+    ]
 
 
 def test_a_streamed_chat_opens_with_the_role_and_ends_with_what_it_took(client: TestClient) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from router_kit import HELLO
 
+from router_kit import HELLO
 from tunefleet.errors import RequestInvalid
 from tunefleet.openai_api import ChatRequest, CompletionRequest, parse_json, parse_request
 

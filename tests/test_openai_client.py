@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import openai
 import pytest
-from router_kit import HELLO, Kit, run_async, serving
 
+from router_kit import HELLO, Kit, run_async, serving
 from tunefleet import Client
 from tunefleet.auth import admin_key
 from tunefleet.core import Version
@@ -43,7 +42,14 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 def test_chat(server: Server, client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model="user:alice", messages=HELLO, max_tokens=50, temperature=0.1, seed=1, stop=["x"], user="bob", n=1
+        model="user:alice",
+        messages=HELLO,
+        max_tokens=50,
+        temperature=0.1,
+        seed=1,
+        stop=["x"],
+        user="bob",
+        n=1,
     )
     assert answer.choices[0].message.content == f"I am {server.alice.digest[:8]}."
     assert answer.choices[0].finish_reason == "stop"
@@ -83,7 +89,8 @@ def test_the_stream_helper_puts_the_answer_together(server: Server, client: open
 def test_an_answer_can_be_handed_back_as_a_turn(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=HELLO)
     again = client.chat.completions.create(
-        model="tiny", messages=[*HELLO, answer.choices[0].message, *HELLO]  # type: ignore[list-item]
+        model="tiny",
+        messages=[*HELLO, answer.choices[0].message, *HELLO],  # type: ignore[list-item]
     )
     assert again.choices[0].message.content == "I am the base."
 

@@ -28,7 +28,9 @@ def choose(own: str | None = None, header: str | None = None, model: str | None 
         ({"own": "alice", "header": "alice"}, "alice", "default"),
     ],
 )
-def test_the_user_is_found_in_the_contracts_order(given: dict[str, str], user_id: str | None, name: str) -> None:
+def test_the_user_is_found_in_the_contracts_order(
+    given: dict[str, str], user_id: str | None, name: str
+) -> None:
     assert choose(**given) == (user_id, name)
 
 
@@ -54,7 +56,9 @@ def test_a_model_nobody_knows_is_not_the_base(model: str) -> None:
     assert caught.value.code == "model_not_found"
 
 
-@pytest.mark.parametrize("user_id", ["", "..", "a/b", "a b", "é", "a\n", "x" * 129, "${HOME}", "a'--", "a\x00"])
+@pytest.mark.parametrize(
+    "user_id", ["", "..", "a/b", "a b", "é", "a\n", "x" * 129, "${HOME}", "a'--", "a\x00"]
+)
 def test_an_id_that_can_not_exist_is_refused(user_id: str) -> None:
     with pytest.raises(RequestInvalid) as caught:
         choose(header=user_id)
@@ -68,7 +72,9 @@ def test_a_name_that_can_not_exist_is_refused(name: str) -> None:
     assert caught.value.code == "invalid_adapter_name"
 
 
-@pytest.mark.parametrize("change", [{"version": 0}, {"version": True}, {"fallback": "best"}, {"user_id": "/"}])
+@pytest.mark.parametrize(
+    "change", [{"version": 0}, {"version": True}, {"fallback": "best"}, {"user_id": "/"}]
+)
 def test_library_calls_are_checked_too(change: dict[str, object]) -> None:
     with pytest.raises(RequestInvalid):
         Target("alice")._replace(**change).checked()

@@ -57,9 +57,7 @@ async def _serve(fleet: Fleet, authenticate: Authenticate, listener: socket.sock
         shown = f"[{host}]" if ":" in host else host
         _log.info("serving %s: OpenAI's base_url is http://%s:%s/v1", fleet.manifest.name, shown, port)
         if authenticate is anyone:
-            _log.warning(
-                "no keys: any program on this machine may do anything; set TUNEFLEET_ADMIN_KEY"
-            )
+            _log.warning("no keys: any program on this machine may do anything; set TUNEFLEET_ADMIN_KEY")
         await _server(fleet, authenticate).serve(sockets=[listener])
 
 

@@ -1,0 +1,200 @@
+"""The command line, against a real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx2
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from router_kit import Kit, serving
+from tunefleet.auth import anyone
+from tunefleet.cli import main
+from tunefleet.config import Options
+from tunefleet.errors import TunefleetError
+from tunefleet.http.app import create_app
+
+
+class Server(NamedTuple):
+    kit: Kit
+    url: str
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    kit = Kit(tmp_path)
+    with serving(create_app(kit.fleet(), anyone, with_lifespan=True)) as url:
+        monkeypatch.setenv("TUNEFLEET_URL", url)
+        yield Server(kit, url)
+
+
+def invoke(*arguments: object, stdin: str | None = None) -> Result:
+    result = CliRunner().invoke(main.app, [str(argument) for argument in arguments], input=stdin)
+    if isinstance(result.exception, TunefleetError):
+        raise result.exception
+    return result
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["tunefleet", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main.run()
+    return int(left.value.code or 0)
+
+
+def test_an_adapter_is_pushed_shown_listed_and_promoted(server: Server) -> None:
+    pushed = invoke("adapters", "push", "alice", server.kit.adapter(1), "--metadata", '{"run": 1}')
+    assert re.fullmatch(r"alice default version 1 is live: [0-9a-f]{64}\n", pushed.stdout)
+    dark = json.loads(
+        invoke("adapters", "push", "alice", server.kit.adapter(2), "--no-promote", "--json").stdout
+    )
+    assert (dark["version"], dark["live"]) == (2, False)
+    shown = invoke("adapters", "show", "alice").stdout
+    assert "version         1 (live)" in shown
+    assert '{"run":1}' in shown
+    listed = [line.split("\t")[:2] for line in invoke("adapters", "list", "alice").stdout.splitlines()]
+    assert listed == [["2", "-"], ["1", "live"]]
+    assert "version 2 is live" in invoke("adapters", "promote", "alice", 2, "--if-live", 1).stdout
+    assert [
+        version["live"] for version in json.loads(invoke("adapters", "list", "alice", "--json").stdout)
+    ] == [
+        True,
+        False,
+    ]
+
+
+def test_chat_streams_the_users_answer(server: Server) -> None:
+    digest = json.loads(invoke("adapters", "push", "alice", server.kit.adapter(), "--json").stdout)["digest"]
+    expected = f"I am {digest[:8]}."
+    assert invoke("chat", "alice", "hello").stdout == f"{expected}\n"
+    assert invoke("chat", "alice", stdin="hello\n").stdout == f"{expected}\n"
+    assert invoke("chat", "-", "hello").stdout == "I am the base.\n"
+    assert invoke("chat", "bob", "hello", "--fallback").stdout == "I am the base.\n"
+    answer = json.loads(
+        invoke("chat", "alice", "hello", "--json", "--max-tokens", 3, "--temperature", 0, "--seed", 1).stdout
+    )
+    assert (answer["finish_reason"], answer["served"]["adapter_digest"]) == ("length", digest)
+    sampling = server.kit.dispatcher.submitted[-1].sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.seed) == (3, 0.0, 1)
+
+
+def test_users_status_and_warmup(server: Server) -> None:
+    invoke("adapters", "push", "alice", server.kit.adapter())
+    assert invoke("users", "list").stdout.split("\t")[:2] == ["alice", "1"]
+    assert json.loads(invoke("users", "list", "--json").stdout)[0]["user_id"] == "alice"
+    assert "tiny@0123456789ab" in invoke("status").stdout
+    assert json.loads(invoke("status", "--json").stdout)["base"] == "tiny"
+    assert invoke("warmup").stdout.rstrip().endswith("base")
+    assert len(json.loads(invoke("warmup", "alice", "--json").stdout)["adapter_digest"]) == 64
+
+
+def test_an_error_is_one_line_and_exit_code_1(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "chat", "bob", "hello") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("tunefleet: user 'bob' has no adapter")
+    assert err.count("\n") == 1
+    assert run_main(monkeypatch, "adapters", "push", "bob", "nowhere") == 1
+    assert run_main(monkeypatch, "adapters", "push", "bob", server.kit.adapter(), "--metadata", "{") == 1
+
+
+def test_wrong_usage_is_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["nope"], ["adapters", "promote", "alice"], ["adapters", "promote", "alice", "x"]):
+        assert run_main(monkeypatch, *arguments) == 2
+        assert capsys.readouterr().out == ""
+
+
+def test_no_server_is_said_plainly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TUNEFLEET_URL", "http://127.0.0.1:9")
+    assert run_main(monkeypatch, "status") == 1
+    assert "tunefleet serve" in capsys.readouterr().err
+
+
+def test_serve_has_a_flag_for_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = invoke("serve", "--help").stdout
+    for name in Options.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in shown
+
+
+def test_serve_refuses_other_machines_without_a_key_and_options_it_does_not_have(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TUNEFLEET_ADMIN_KEY", raising=False)
+    assert run_main(monkeypatch, "serve", "--host", "0.0.0.0") == 1
+    assert "TUNEFLEET_ADMIN_KEY" in capsys.readouterr().err
+    assert run_main(monkeypatch, "serve", "--port", "many") == 1
+    assert run_main(monkeypatch, "serve", "--nope") == 2
+
+
+def test_serve_says_that_a_port_is_taken(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "serve", "--port", server.url.rpartition(":")[2]) == 1
+    assert "can't listen on 127.0.0.1:" in capsys.readouterr().err
+
+
+_SERVE = """
+import asyncio, logging, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from router_kit import Kit
+from tunefleet.auth import anyone
+from tunefleet.cli import serve
+from tunefleet.runtime.fakes import FakeDispatcher
+
+class Telling(FakeDispatcher):
+    async def close(self):
+        print("closed", flush=True)
+
+logging.basicConfig(level=logging.INFO)
+logging.getLogger("uvicorn").setLevel(logging.WARNING)
+kit = Kit(Path({folder!r}))
+kit.dispatcher = Telling(kit.dispatcher.answer)
+with serve._bound("127.0.0.1", 0) as listener:
+    asyncio.run(serve._serve(kit.fleet(), anyone, listener))
+print("left", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_logs_its_url_and_closes_the_fleet_on_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    code = _SERVE.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stderr is not None
+        serving_line, notice = process.stderr.readline(), process.stderr.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+/v1", serving_line)
+        assert url is not None, serving_line
+        assert "no keys" in notice
+        assert httpx2.get(f"{url[0]}/models").json()["data"][0]["id"] == "tiny"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "closed\nleft\n", "")
+
+
+def test_the_command_starts_fast_because_it_imports_little(tmp_path: Path) -> None:
+    code = (
+        "import sys, tunefleet.cli.main\n"
+        "heavy = {'httpx2', 'starlette', 'uvicorn', 'tokenizers', 'sqlalchemy', 'numpy', 'rich.console'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.strip() == "[]"
