@@ -19,12 +19,13 @@ import numpy.typing as npt
 
 from tunefleet.adapters_store.tensors import Float32Array, TensorFile, read_tensors
 from tunefleet.adapters_store.validation import WEIGHTS_FILE, CheckedAdapter
+from tunefleet.errors import AdapterInvalid
 
-PreparedDtype = Literal["float32", "bfloat16"]
+PreparedDtype = Literal["float32", "bfloat16", "float16"]
 
 _ALIGNMENT = 64  # of the data's start: mapped tensors begin on a cache line
-_NAMES = {"float32": "F32", "bfloat16": "BF16"}
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class _Layout(NamedTuple):
@@ -41,6 +42,9 @@ def prepare_adapter(folder: Path, checked: CheckedAdapter, out: Path, *, dtype: 
     """Writes the prepared file of the adapter in ``folder`` to ``out``, whole or not at all.
 
     ``checked`` must be what ``check_adapter`` said about this folder. Not synced: the file is a cache's.
+
+    Raises:
+        AdapterInvalid: values that float16 can't hold.
     """
     with tempfile.NamedTemporaryFile(dir=out.parent, prefix=".prepare-", delete=False) as file:
         temporary = Path(file.name)
@@ -90,4 +94,14 @@ def _slot_values(tensors: TensorFile, checked: CheckedAdapter) -> Iterator[Float
 
 
 def _stored(values: Float32Array, dtype: PreparedDtype) -> npt.NDArray[np.generic]:
-    return round_to_bfloat16(values) if dtype == "bfloat16" else values
+    if dtype == "bfloat16":
+        return round_to_bfloat16(values)
+    if dtype == "float32":
+        return values
+    if float(np.abs(values).max()) > float(np.finfo(np.float16).max):
+        raise AdapterInvalid(
+            "the adapter's scaled weights don't fit into float16: serve with bfloat16 or float32",
+            code="out_of_range",
+            param=WEIGHTS_FILE,
+        )
+    return values.astype(np.float16)

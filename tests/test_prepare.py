@@ -12,6 +12,7 @@ from safetensors import safe_open
 from adapter_factory import make_adapter, make_manifest, read_raw
 from tunefleet.adapters_store.prepare import prepare_adapter, prepared_bytes, round_to_bfloat16
 from tunefleet.adapters_store.validation import check_adapter
+from tunefleet.errors import AdapterInvalid
 
 MANIFEST = make_manifest()
 Dtype = Literal["float32", "bfloat16"]
@@ -45,16 +46,17 @@ def test_a_prepared_file_holds_a_and_the_folded_transposed_b(tmp_path: Path, sto
     assert {plan.scaling for plan in checked.modules.values()} == {2.0, 4.0, 0.75}
 
 
-def test_bfloat16_is_what_torch_rounds_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_what_torch_rounds_to(tmp_path: Path, dtype: Dtype) -> None:
     import torch
 
     folder = make_adapter(tmp_path / "adapter", MANIFEST)
     checked = check_adapter(folder, MANIFEST, max_rank=64)
-    for dtype in ("float32", "bfloat16"):
-        prepare_adapter(folder, checked, tmp_path / dtype, dtype=dtype)
-    with safe_open(tmp_path / "float32", "pt") as exact, safe_open(tmp_path / "bfloat16", "pt") as rounded:
+    prepare_adapter(folder, checked, tmp_path / "exact", dtype="float32")
+    prepare_adapter(folder, checked, tmp_path / "rounded", dtype=dtype)
+    with safe_open(tmp_path / "exact", "pt") as exact, safe_open(tmp_path / "rounded", "pt") as rounded:
         for name in exact.keys():  # noqa: SIM118 (safe_open is no dict)
-            assert torch.equal(exact.get_tensor(name).to(torch.bfloat16), rounded.get_tensor(name))
+            assert torch.equal(exact.get_tensor(name).to(getattr(torch, dtype)), rounded.get_tensor(name))
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, min_value=-(2.0**100), max_value=2.0**100), min_size=1))
@@ -67,7 +69,7 @@ def test_rounding_to_bfloat16_is_to_nearest_even(numbers: list[float]) -> None:
     np.testing.assert_array_equal(expected, round_to_bfloat16(values))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_size_is_known_beforehand_and_data_starts_on_a_cache_line(tmp_path: Path, dtype: Dtype) -> None:
     folder = make_adapter(tmp_path / "adapter", MANIFEST)
     checked = check_adapter(folder, MANIFEST, max_rank=64)
@@ -75,6 +77,13 @@ def test_the_size_is_known_beforehand_and_data_starts_on_a_cache_line(tmp_path: 
     prepare_adapter(folder, checked, out, dtype=dtype)
     assert prepared_bytes(checked, dtype) == out.stat().st_size
     assert (8 + int.from_bytes(out.read_bytes()[:8], "little")) % 64 == 0
+
+
+def test_what_float16_cannot_hold_is_refused_not_made_infinite(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "adapter", MANIFEST, config={"lora_alpha": 1e7}, scale=1e-2)
+    checked = check_adapter(folder, MANIFEST, max_rank=64)
+    with pytest.raises(AdapterInvalid, match="float16"):
+        prepare_adapter(folder, checked, tmp_path / "out", dtype="float16")
 
 
 def test_an_existing_file_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
