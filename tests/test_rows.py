@@ -11,7 +11,8 @@ from tunefleet.runtime.rows import Move, Row, RowTable
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "lengths"), [(1, (128,)), (128, (128,)), (129, (128, 256)), (2048, (128, 256, 512, 1024, 2048))]
+    ("max_tokens", "lengths"),
+    [(1, (128,)), (128, (128,)), (129, (128, 256)), (2048, (128, 256, 512, 1024, 2048))],
 )
 def test_length_classes_double_up_to_the_longest_sequence(max_tokens: int, lengths: tuple[int, ...]) -> None:
     assert lengths == RowTable(max_tokens).lengths
@@ -27,9 +28,9 @@ def test_a_sequence_gets_the_smallest_row_that_holds_it() -> None:
 def test_growing_within_a_row_moves_nothing() -> None:
     rows = RowTable(512)
     rows.open("a", 5)
-    assert [] == rows.extend("a", 5)
-    assert [] == rows.extend("a", 128)
-    assert 128 == rows.num_tokens("a")
+    assert rows.extend("a", 5) == []
+    assert rows.extend("a", 128) == []
+    assert rows.num_tokens("a") == 128
 
 
 def test_outgrowing_a_row_moves_up_and_closes_the_hole() -> None:
@@ -40,7 +41,7 @@ def test_outgrowing_a_row_moves_up_and_closes_the_hole() -> None:
     moves = rows.extend("a", 129)
     assert [Move(Row(128, 0), Row(256, 0), 100), Move(Row(128, 2), Row(128, 0), 100)] == moves
     assert Row(128, 0) == rows.row_of("c")
-    assert 2 == rows.num_rows(128)
+    assert rows.num_rows(128) == 2
 
 
 def test_a_long_first_chunk_goes_straight_to_its_class() -> None:
@@ -53,15 +54,15 @@ def test_closing_the_last_row_moves_nothing() -> None:
     rows = RowTable(128)
     rows.open("a", 10)
     rows.open("b", 10)
-    assert [] == rows.close("b")
-    assert [] == rows.close("a")
-    assert 0 == rows.num_rows(128)
+    assert rows.close("b") == []
+    assert rows.close("a") == []
+    assert rows.num_rows(128) == 0
 
 
 class OwnContent(RuleBasedStateMachine):
-    """Plays the KV tensors: a dict of row -> what is written there, changed by the moves alone.
+    """Plays the KV tensors: a dict of row -> what is written there, changed by moves alone.
 
-    As in the engine, moves pile up while sequences close and grow, and are carried out in order before a step writes.
+    As in the engine, moves pile up while sequences close and grow, and are carried out before a step writes.
     """
 
     def __init__(self) -> None:

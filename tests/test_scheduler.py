@@ -85,7 +85,7 @@ def run_step(scheduler: Scheduler, token: int = 5) -> list[str]:
 
 def test_the_scheduler_imports_no_torch() -> None:
     code = "import sys, tunefleet.runtime.scheduler; sys.exit('torch' in sys.modules)"
-    assert 0 == subprocess.run([sys.executable, "-c", code], check=False).returncode
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_prompt_runs_whole_then_one_token_a_step() -> None:
@@ -93,13 +93,13 @@ def test_a_prompt_runs_whole_then_one_token_a_step() -> None:
     scheduler.add(new_sequence("x", num_prompt=10, max_tokens=2))
     admit_all(scheduler, set())
     first = scheduler.schedule()
-    assert [("x", 10, True)] == shape(first)
-    assert [] == scheduler.advance(first, {"x": 5})
+    assert shape(first) == [("x", 10, True)]
+    assert scheduler.advance(first, {"x": 5}) == []
     second = scheduler.schedule()
-    assert [("x", 1, True)] == shape(second)
-    assert ["x"] == [sequence.request_id for sequence in scheduler.advance(second, {"x": 6})]
-    assert [] == scheduler.schedule().scheduled
-    assert 0 == len(scheduler)
+    assert shape(second) == [("x", 1, True)]
+    assert [sequence.request_id for sequence in scheduler.advance(second, {"x": 6})] == ["x"]
+    assert scheduler.schedule().scheduled == []
+    assert len(scheduler) == 0
 
 
 def test_decodes_come_first_and_a_long_prompt_gets_what_is_left() -> None:
@@ -107,10 +107,10 @@ def test_decodes_come_first_and_a_long_prompt_gets_what_is_left() -> None:
     scheduler.add(new_sequence("long", num_prompt=15))
     scheduler.add(new_sequence("short", num_prompt=1))
     admit_all(scheduler, set())
-    assert [("short", 1, True), ("long", 7, False)] == _advance(scheduler)
-    assert [("short", 1, True), ("long", 7, False)] == _advance(scheduler)
-    assert [("long", 1, True), ("short", 1, True)] == _advance(scheduler)
-    assert [("long", 1, True), ("short", 1, True)] == _advance(scheduler)
+    assert _advance(scheduler) == [("short", 1, True), ("long", 7, False)]
+    assert _advance(scheduler) == [("short", 1, True), ("long", 7, False)]
+    assert _advance(scheduler) == [("long", 1, True), ("short", 1, True)]
+    assert _advance(scheduler) == [("long", 1, True), ("short", 1, True)]
 
 
 def _advance(scheduler: Scheduler) -> list[tuple[str, int, bool]]:
@@ -124,9 +124,9 @@ def test_more_sequences_than_places_wait_in_order() -> None:
     scheduler = new_scheduler(max_num_seqs=2)
     for request_id in "wxyz":
         scheduler.add(new_sequence(request_id, max_tokens=1))
-    assert ["w", "x"] == admit_all(scheduler, set())
-    assert ["w", "x"] == run_step(scheduler)
-    assert ["y", "z"] == admit_all(scheduler, set())
+    assert admit_all(scheduler, set()) == ["w", "x"]
+    assert run_step(scheduler) == ["w", "x"]
+    assert admit_all(scheduler, set()) == ["y", "z"]
 
 
 def test_who_waits_for_an_adapter_holds_nobody_back() -> None:
@@ -134,8 +134,8 @@ def test_who_waits_for_an_adapter_holds_nobody_back() -> None:
     scheduler.add(new_sequence("x", "a"))
     scheduler.add(new_sequence("y"))
     scheduler.add(new_sequence("z", "b"))
-    assert ["y", "z"] == admit_all(scheduler, {"b"})
-    assert ["x"] == admit_all(scheduler, {"a"})
+    assert admit_all(scheduler, {"b"}) == ["y", "z"]
+    assert admit_all(scheduler, {"a"}) == ["x"]
     scheduler.check()
 
 
@@ -143,12 +143,12 @@ def test_a_second_sequence_of_an_adapter_needs_no_second_slot() -> None:
     scheduler = new_scheduler(max_slots=1)
     scheduler.add(new_sequence("x", "a", max_tokens=1))
     scheduler.add(new_sequence("y", "a", max_tokens=2))
-    assert ["x", "y"] == admit_all(scheduler, {"a"})
-    assert ["x"] == run_step(scheduler)
+    assert admit_all(scheduler, {"a"}) == ["x", "y"]
+    assert run_step(scheduler) == ["x"]
     assert scheduler.slots.is_pinned("a")
-    assert ["y"] == run_step(scheduler)
+    assert run_step(scheduler) == ["y"]
     assert not scheduler.slots.is_pinned("a")
-    assert ("a",) == scheduler.slots.digests
+    assert scheduler.slots.digests == ("a",)
 
 
 def test_a_sequence_joins_as_soon_as_a_slot_is_free() -> None:
@@ -156,10 +156,10 @@ def test_a_sequence_joins_as_soon_as_a_slot_is_free() -> None:
     scheduler.add(new_sequence("x", "a", max_tokens=1))
     scheduler.add(new_sequence("y", "b", max_tokens=1))
     loaded = {"a", "b"}
-    assert ["x"] == admit_all(scheduler, loaded)
-    assert ["x"] == run_step(scheduler)
-    assert ["y"] == admit_all(scheduler, loaded)
-    assert ("b",) == scheduler.slots.digests
+    assert admit_all(scheduler, loaded) == ["x"]
+    assert run_step(scheduler) == ["x"]
+    assert admit_all(scheduler, loaded) == ["y"]
+    assert scheduler.slots.digests == ("b",)
 
 
 def test_each_scheduled_sequence_names_its_own_slot() -> None:
@@ -178,7 +178,7 @@ def test_an_end_token_stops_unless_it_is_to_be_ignored() -> None:
     scheduler.add(ends)
     scheduler.add(goes_on)
     admit_all(scheduler, set())
-    assert ["x"] == run_step(scheduler, EOS)
+    assert run_step(scheduler, EOS) == ["x"]
     assert FinishReason.STOP is ends.finish_reason
     assert SequenceState.RUNNING is goes_on.state
 
@@ -192,8 +192,8 @@ def test_an_answer_ends_at_max_tokens_or_where_the_context_is_full() -> None:
     admit_all(scheduler, set())
     while scheduler:
         run_step(scheduler)
-    assert (FinishReason.LENGTH, 2) == (limited.finish_reason, limited.num_generated)
-    assert (FinishReason.LENGTH, 8) == (full.finish_reason, len(full.tokens))
+    assert (limited.finish_reason, limited.num_generated) == (FinishReason.LENGTH, 2)
+    assert (full.finish_reason, len(full.tokens)) == (FinishReason.LENGTH, 8)
 
 
 def test_a_resumed_sequence_counts_what_it_brings() -> None:
@@ -201,9 +201,9 @@ def test_a_resumed_sequence_counts_what_it_brings() -> None:
     resumed = new_sequence("x", num_prompt=3, max_tokens=5, generated=(5, 5, 5))
     scheduler.add(resumed)
     admit_all(scheduler, set())
-    assert [("x", 6, True)] == _advance(scheduler)
-    assert ["x"] == run_step(scheduler)
-    assert 5 == resumed.num_generated
+    assert _advance(scheduler) == [("x", 6, True)]
+    assert run_step(scheduler) == ["x"]
+    assert resumed.num_generated == 5
 
 
 def test_finishing_frees_row_and_pin_whatever_the_state_and_only_once() -> None:
@@ -215,7 +215,7 @@ def test_finishing_frees_row_and_pin_whatever_the_state_and_only_once() -> None:
     for sequence in (running, waiting, running):
         scheduler.finish(sequence, FinishReason.CANCELLED)
         scheduler.check()
-    assert 0 == len(scheduler)
+    assert len(scheduler) == 0
     assert not scheduler.slots.is_pinned("a")
     assert scheduler.get("x") is None
 
@@ -227,20 +227,19 @@ def test_a_sequence_that_ends_while_the_step_runs_takes_no_token() -> None:
     admit_all(scheduler, set())
     batch = scheduler.schedule()
     scheduler.finish(sequence, FinishReason.ERROR)
-    assert [] == scheduler.advance(batch, {"x": 5})
-    assert 0 == sequence.num_generated
+    assert scheduler.advance(batch, {"x": 5}) == []
+    assert sequence.num_generated == 0
     assert FinishReason.ERROR is sequence.finish_reason
 
 
 class AnyHistory(RuleBasedStateMachine):
-    """Requests, loads, cancels and steps in any order; KV content is played on a dict, moved by the batches' moves."""
+    """Requests, loads, cancels and steps in any order; KV is a dict that the batches' moves change."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loaded: set[str] = set()
         self.content: dict[Row, list[tuple[str, int]]] = {}
         self.added: dict[str, Sequence] = {}
-        self.num_unfinished_steps = 0
 
     @initialize(
         max_slots=st.integers(1, 3),
@@ -264,7 +263,9 @@ class AnyHistory(RuleBasedStateMachine):
     )
     def add(self, digest: str | None, num_prompt: int, max_tokens: int) -> None:
         request_id = f"{len(self.added)}"
-        self.added[request_id] = new_sequence(request_id, digest, num_prompt=num_prompt, max_tokens=max_tokens)
+        self.added[request_id] = new_sequence(
+            request_id, digest, num_prompt=num_prompt, max_tokens=max_tokens
+        )
         self.scheduler.add(self.added[request_id])
 
     @rule(digest=st.sampled_from([*RANKS]))
@@ -332,10 +333,10 @@ class AnyHistory(RuleBasedStateMachine):
             self.loaded |= set(RANKS)
             self.step(5)
             self.scheduler.check()
-        assert 0 == len(self.scheduler)
+        assert len(self.scheduler) == 0
         for sequence in self.added.values():
             if sequence.finish_reason is FinishReason.LENGTH:
-                assert sequence.num_generated == sequence.sampling.max_tokens or 300 == len(sequence.tokens)
+                assert sequence.num_generated == sequence.sampling.max_tokens or len(sequence.tokens) == 300
 
 
 TestAnyHistory = AnyHistory.TestCase

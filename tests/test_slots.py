@@ -16,7 +16,8 @@ def table(max_slots: int = 4, max_bytes: int = 1000) -> SlotTable:
 
 
 @pytest.mark.parametrize(
-    ("rank", "rank_class"), [(1, 8), (7, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 128)]
+    ("rank", "rank_class"),
+    [(1, 8), (7, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 128)],
 )
 def test_a_rank_is_padded_to_a_power_of_two_of_at_least_eight(rank: int, rank_class: int) -> None:
     assert rank_class == rank_class_of(rank)
@@ -38,7 +39,7 @@ def test_the_least_recently_used_adapter_goes_first() -> None:
     slots.pin("a")
     slots.unpin("a")
     assert Activation(Slot(8, 1), (Slot(8, 1),)) == slots.activate("c", 8)
-    assert ("a", "c") == slots.digests
+    assert slots.digests == ("a", "c")
 
 
 def test_several_small_adapters_make_room_for_a_wide_one() -> None:
@@ -47,7 +48,7 @@ def test_several_small_adapters_make_room_for_a_wide_one() -> None:
         slots.activate(digest, 8)
     assert Activation(Slot(16, 0), (Slot(8, 0),)) == slots.activate("wide", 16)
     assert Activation(Slot(32, 0), (Slot(8, 1), Slot(8, 2), Slot(16, 0))) == slots.activate("wider", 32)
-    assert ("wider",) == slots.digests
+    assert slots.digests == ("wider",)
 
 
 def test_a_pinned_adapter_stays_and_the_newcomer_waits() -> None:
@@ -57,7 +58,7 @@ def test_a_pinned_adapter_stays_and_the_newcomer_waits() -> None:
     slots.pin("a")
     slots.unpin("a")
     assert slots.activate("b", 8) is None
-    assert ("a",) == slots.digests
+    assert slots.digests == ("a",)
     slots.unpin("a")
     assert slots.activate("b", 8) is not None
 
@@ -68,7 +69,7 @@ def test_a_refusal_evicts_nobody() -> None:
     slots.activate("pinned", 16)
     slots.pin("pinned")
     assert slots.activate("wide", 16) is None
-    assert ("small", "pinned") == slots.digests
+    assert slots.digests == ("small", "pinned")
 
 
 def test_an_adapter_larger_than_the_budget_never_fits() -> None:
@@ -158,7 +159,9 @@ def test_any_history_gives_what_plain_lists_give(
             assert places[digest] == slots.deactivate(digest)
         slots.check()
         assert [name for name, _, _ in model.residents] == list(slots.digests)
-        assert [bool(pins) for _, _, pins in model.residents] == [slots.is_pinned(name) for name in slots.digests]
+        assert [bool(pins) for _, _, pins in model.residents] == [
+            slots.is_pinned(name) for name in slots.digests
+        ]
 
 
 def _names(activation: Activation, places: dict[str, Slot | None]) -> list[str]:
