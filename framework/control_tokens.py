@@ -62,7 +62,7 @@ class ControlTokens:
         return f"{before}{_BREAK * starts_inside}{self._wrapped(inner)}{_BREAK * ends_inside}{after}"
 
     def _wrapped(self, text: str) -> str:
-        """Marks go outside the white space around a token: a template that splits at the token may trim then."""
+        """Marks go outside the white space around a token: a template may split at the token, then trim."""
         parts: list[str] = []
         position = 0
         for match in self._spelled.finditer(text):

@@ -17,11 +17,13 @@ KEY = "s3cret-ключ"
 def test_the_admin_key_opens_and_nothing_else_does(tmp_path: Path) -> None:
     with api(Kit(tmp_path), admin_key(KEY)) as client:
         for header in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x"):
-            refused = client.get("/v1/users", headers={"Authorization": header.encode()})
+            refused = client.get("/v1/users", headers={b"Authorization": header.encode()})
             assert refused.status_code == 401, header
             assert refused.headers["www-authenticate"] == "Bearer"
             assert refused.json()["error"]["code"] == "unauthenticated"
-        assert client.get("/v1/users", headers={"Authorization": f"Bearer {KEY}".encode()}).status_code == 200
+        assert (
+            client.get("/v1/users", headers={b"Authorization": f"Bearer {KEY}".encode()}).status_code == 200
+        )
         assert client.get("/healthz").status_code == 200
 
 

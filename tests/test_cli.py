@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import httpx2
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from router_kit import Kit, serving
 from tunefleet.auth import anyone

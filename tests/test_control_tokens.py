@@ -12,7 +12,8 @@ from tunefleet.text import Tokenizer
 
 THINK = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{{ message['content'].split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n<think>\n"
+    "{{ message['content'].split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n<think>\n"
 )
 
 
@@ -22,7 +23,8 @@ def encode(folder: Path, content: str) -> list[int]:
 
 def ids_of(folder: Path, *tokens: str) -> list[int]:
     built = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return [built.token_to_id(token) for token in tokens]
+    found = [built.token_to_id(token) for token in tokens]
+    return [token for token in found if token is not None]
 
 
 def test_tokens_that_the_template_writes_are_control_tokens_too(tmp_path: Path) -> None:

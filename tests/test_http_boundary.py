@@ -30,7 +30,7 @@ def test_a_sane_request_id_is_the_answers(client: TestClient, given: str) -> Non
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "é", "a\tb"])
 def test_any_other_is_replaced(client: TestClient, given: str) -> None:
-    answered = client.get("/healthz", headers={"X-Request-Id": given.encode()}).headers["x-request-id"]
+    answered = client.get("/healthz", headers={b"X-Request-Id": given.encode()}).headers["x-request-id"]
     assert answered != given
     assert len(answered) == 32
 

@@ -261,7 +261,9 @@ def test_a_client_that_goes_cancels_its_sequence_at_once(kit: Kit, stream: bool,
     assert kit.dispatcher.running == set()
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"messages": "\xff"}', b"null", b"\x00"])
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b'{"messages": "\xff"}', b"null", b"\x00", b'{"m": "\\ud800"}', b'{"m": 1e999}']
+)
 def test_a_body_that_is_no_json_object_is_a_clear_400(client: TestClient, body: bytes) -> None:
     assert code(client.post("/v1/chat/completions", content=body)) == (400, "invalid_json")
 

@@ -121,7 +121,13 @@ def test_text_parts_become_lines_and_developers_speak_as_the_system() -> None:
 
 
 def test_an_answer_handed_back_as_a_message_is_accepted() -> None:
-    own = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": []}
+    own: dict[str, Any] = {
+        "role": "assistant",
+        "content": "x",
+        "refusal": None,
+        "tool_calls": None,
+        "annotations": [],
+    }
     assert chat(messages=[*HELLO, own]).messages[1].plain() == {"role": "assistant", "content": "x"}
 
 

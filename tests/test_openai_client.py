@@ -1,4 +1,4 @@
-"""The official client of OpenAI against a real server: what it sends is understood, what it expects is there."""
+"""The official client of OpenAI against a real server: each understands the other."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
-from router_kit import HELLO, Kit, run_async, serving
+from router_kit import Kit, run_async, serving
 from tunefleet import Client
 from tunefleet.auth import admin_key
 from tunefleet.core import Version
@@ -16,6 +17,7 @@ from tunefleet.errors import CapacityError
 from tunefleet.http.app import create_app
 
 KEY = "k1"
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
 
 class Server(NamedTuple):
@@ -43,7 +45,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 def test_chat(server: Server, client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="user:alice",
-        messages=HELLO,
+        messages=MESSAGES,
         max_tokens=50,
         temperature=0.1,
         seed=1,
@@ -61,7 +63,7 @@ def test_chat(server: Server, client: openai.OpenAI) -> None:
 
 def test_the_user_by_header_with_the_bases_name(server: Server, client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(
-        model="tiny", messages=HELLO, extra_headers={"X-User-Id": "alice"}
+        model="tiny", messages=MESSAGES, extra_headers={"X-User-Id": "alice"}
     )
     assert raw.headers["x-adapter-digest"] == server.alice.digest
     assert raw.parse().choices[0].message.content == f"I am {server.alice.digest[:8]}."
@@ -70,7 +72,7 @@ def test_the_user_by_header_with_the_bases_name(server: Server, client: openai.O
 def test_a_stream_with_usage(server: Server, client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
-            model="user:alice", messages=HELLO, stream=True, stream_options={"include_usage": True}
+            model="user:alice", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
         )
     )
     texts = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
@@ -81,16 +83,16 @@ def test_a_stream_with_usage(server: Server, client: openai.OpenAI) -> None:
 
 
 def test_the_stream_helper_puts_the_answer_together(server: Server, client: openai.OpenAI) -> None:
-    with client.chat.completions.stream(model="user:alice", messages=HELLO) as stream:
+    with client.chat.completions.stream(model="user:alice", messages=MESSAGES) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.content == f"I am {server.alice.digest[:8]}."
 
 
 def test_an_answer_can_be_handed_back_as_a_turn(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="tiny", messages=HELLO)
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES)
     again = client.chat.completions.create(
         model="tiny",
-        messages=[*HELLO, answer.choices[0].message, *HELLO],  # type: ignore[list-item]
+        messages=[*MESSAGES, answer.choices[0].message, *MESSAGES],  # type: ignore[list-item]
     )
     assert again.choices[0].message.content == "I am the base."
 
@@ -108,13 +110,13 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_refusals_are_the_clients_own_errors(server: Server, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
-        client.chat.completions.create(model="user:bob", messages=HELLO)
+        client.chat.completions.create(model="user:bob", messages=MESSAGES)
     assert missing.value.code == "adapter_not_found"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(model="tiny", messages=HELLO, n=2)
+        client.chat.completions.create(model="tiny", messages=MESSAGES, n=2)
     assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "n")
     with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="tiny", messages=HELLO, extra_body={"adapter_id": "x"})
+        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"adapter_id": "x"})
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="other").models.list()
 
@@ -123,7 +125,7 @@ def test_the_client_retries_after_the_time_we_say(server: Server, client: openai
     server.kit.dispatcher.error = CapacityError("full", retry_after_s=1, code="queue_full")
     try:
         with pytest.raises(openai.RateLimitError) as caught:
-            client.chat.completions.create(model="tiny", messages=HELLO)
+            client.chat.completions.create(model="tiny", messages=MESSAGES)
     finally:
         server.kit.dispatcher.error = None
     assert caught.value.response.headers["retry-after"] == "1"
@@ -132,9 +134,9 @@ def test_the_client_retries_after_the_time_we_say(server: Server, client: openai
 @run_async
 async def _async_client(server: Server) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
-        answer = await client.chat.completions.create(model="user:alice", messages=HELLO)  # type: ignore[arg-type]
+        answer = await client.chat.completions.create(model="user:alice", messages=MESSAGES)
         assert answer.choices[0].message.content == f"I am {server.alice.digest[:8]}."
-        stream = await client.chat.completions.create(model="tiny", messages=HELLO, stream=True)  # type: ignore[call-overload]
+        stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
         texts = [chunk.choices[0].delta.content or "" async for chunk in stream]
         assert "".join(texts) == "I am the base."
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tunefleet.errors import AdapterNotFound, RequestInvalid
@@ -75,6 +77,6 @@ def test_a_name_that_can_not_exist_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "change", [{"version": 0}, {"version": True}, {"fallback": "best"}, {"user_id": "/"}]
 )
-def test_library_calls_are_checked_too(change: dict[str, object]) -> None:
+def test_library_calls_are_checked_too(change: dict[str, Any]) -> None:
     with pytest.raises(RequestInvalid):
         Target("alice")._replace(**change).checked()
