@@ -66,6 +66,8 @@ def prepare(spec: str, folder: Path, *, name: str, dtype: str, cache_dir: Path, 
 def describe(model: PreTrainedModel, *, name: str, weights_sha256: str, dtype: str) -> Manifest:
     """A model's manifest, before its probe."""
     config = model.config.get_text_config()
+    if not getattr(config, "max_position_embeddings", None):  # ALiBi, recurrent layers
+        raise BaseModelError(f"{type(model).__name__} can't be served: its positions have no fixed range")
     return Manifest(
         base_id=f"{name}@{weights_sha256[:12]}",
         name=name,
