@@ -1,6 +1,7 @@
 """tunefleet: a fine-tune per person, served from one warm base model.
 
-Public names load on first use, so that ``import tunefleet`` stays instant and the base install needs no torch.
+Public names load on first use, so that ``import tunefleet`` stays instant and the base install needs no
+torch.
 """
 
 from __future__ import annotations

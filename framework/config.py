@@ -1,6 +1,7 @@
 """Options: one list for flags, ``TUNEFLEET_<OPTION>`` and keywords of ``Fleet(...)``.
 
-Precedence: flag > Fleet keyword > environment > App keyword > default. The environment is read here and nowhere else.
+Precedence: flag > Fleet keyword > environment > App keyword > default. The environment is read here and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
+
+import msgspec
 
 from tunefleet.errors import ConfigError
 
 MIB = 1024 * 1024
 
 
-def _option(default: object, doc: str, *, at_least: float | None = None) -> typing.Any:
+def _option(default: object, doc: str, *, at_least: float | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "at_least": at_least})
 
 
@@ -31,30 +33,42 @@ class Options:
 
     base_model: str = _option(
         "quickstart",
-        "Hugging Face id, a folder, a .gguf file, or 'quickstart': SmolLM2-135M-Instruct from a package registry.",
+        "Hugging Face id, folder, .gguf file, or 'quickstart' (SmolLM2-135M-Instruct, out of a package).",
     )
     base_revision: str | None = _option(None, "Revision of a Hugging Face id.")
     devices: str = _option("auto", "auto, cpu, cuda, or cuda:0,1: one replica each.")
-    dtype: str = _option("auto", "auto, bfloat16, float16 or float32; auto is what the device multiplies fastest.")
+    dtype: str = _option(
+        "auto", "auto, bfloat16, float16 or float32; auto is what the device multiplies fastest."
+    )
     store_url: str = _option("", "Where adapters live: file:///path (default ~/.local/share/tunefleet).")
     database_url: str = _option("", "The catalog: sqlite:///path; by default beside a file store.")
-    cache_dir: str = _option("", "Prepared bases, disk tier, state of the host process (default ~/.cache/tunefleet).")
+    cache_dir: str = _option(
+        "", "Prepared bases, disk tier, state of the host process (default ~/.cache/tunefleet)."
+    )
     min_replicas: int = _option(0, "Replicas kept when idle.", at_least=0)
     max_replicas: int = _option(0, "Most replicas; 0: one per device.", at_least=0)
     target_concurrency: int = _option(0, "Requests per replica to scale by; 0: max_num_seqs.", at_least=0)
     idle_timeout_s: float = _option(10.0, "Time without work after which a replica stops.", at_least=0)
     cold_start_timeout_s: float = _option(60.0, "Longest time a request is held for a replica.", at_least=0.1)
-    drain_timeout_s: float = _option(30.0, "Longest time a stopping replica may finish its requests.", at_least=0)
+    drain_timeout_s: float = _option(
+        30.0, "Longest time a stopping replica may finish its requests.", at_least=0
+    )
     max_queue: int = _option(1024, "Requests that may wait on one replica.", at_least=1)
     device_adapter_bytes: int = _option(1024 * MIB, "Device memory for adapters.", at_least=MIB)
     max_active_adapters: int = _option(0, "Slots; 0: max_num_seqs.", at_least=0)
     max_adapter_rank: int = _option(64, "Largest rank served.", at_least=1)
-    host_cache_bytes: int = _option(1024 * MIB, "Memory for prepared adapters, shared by all replicas.", at_least=MIB)
+    host_cache_bytes: int = _option(
+        1024 * MIB, "Memory for prepared adapters, shared by all replicas.", at_least=MIB
+    )
     disk_cache_bytes: int = _option(8192 * MIB, "Disk for adapters fetched from the store.", at_least=MIB)
     max_num_seqs: int = _option(32, "Sequences in one batch.", at_least=1)
     max_model_len: int = _option(0, "Tokens of prompt and answer; 0: the base's, 2048 at most.", at_least=0)
-    threads_per_replica: int = _option(0, "CPU threads of one replica; 0: all cores shared evenly.", at_least=0)
-    fallback: Literal["none", "base"] = _option("none", "Who answers a user without an adapter: none (404) or base.")
+    threads_per_replica: int = _option(
+        0, "CPU threads of one replica; 0: all cores shared evenly.", at_least=0
+    )
+    fallback: Literal["none", "base"] = _option(
+        "none", "Who answers a user without an adapter: none (404) or base."
+    )
     max_upload_bytes: int = _option(512 * MIB, "Largest adapter upload.", at_least=1)
     cors_origins: tuple[str, ...] = _option((), "Origins whose pages may call the API, or '*'.")
     access_log: bool = _option(True, "Log a line per request.")
@@ -66,10 +80,14 @@ class Options:
             at_least = field.metadata["at_least"]
             value = getattr(self, field.name)
             if at_least is not None and not value >= at_least:
-                raise ConfigError(f"{field.name} must be at least {at_least:g}, not {value}", param=field.name)
+                raise ConfigError(
+                    f"{field.name} must be at least {at_least:g}, not {value}", param=field.name
+                )
         self._check_choice("dtype", ("auto", "bfloat16", "float16", "float32"))
         self._check_choice("fallback", ("none", "base"))
-        object.__setattr__(self, "cache_dir", str(Path(self.cache_dir or "~/.cache/tunefleet").expanduser().absolute()))
+        object.__setattr__(
+            self, "cache_dir", str(Path(self.cache_dir or "~/.cache/tunefleet").expanduser().absolute())
+        )
         store = self.store_url or Path("~/.local/share/tunefleet").expanduser().absolute().as_uri()
         object.__setattr__(self, "store_url", store)
         object.__setattr__(self, "database_url", self.database_url or self._database_beside_store())
@@ -109,13 +127,16 @@ def resolve(
     known = {field.name: field for field in dataclasses.fields(Options)}
     unknown = sorted(merged.keys() - known.keys())
     if unknown:
-        raise ConfigError(f"unknown option {unknown[0]!r}; the options are: {', '.join(known)}", param=unknown[0])
+        raise ConfigError(
+            f"unknown option {unknown[0]!r}; the options are: {', '.join(known)}", param=unknown[0]
+        )
     hints = typing.get_type_hints(Options)
-    return Options(**{name: _convert(name, hints[name], value) for name, value in merged.items()})  # type: ignore[arg-type]
+    converted: dict[str, Any] = {name: _convert(name, hints[name], value) for name, value in merged.items()}
+    return Options(**converted)
 
 
 def state_dir(options: Options, base_dir: Path) -> Path:
-    """The folder of the host process that serves this base from this store; one host process per such folder."""
+    """The folder of the host process for this base and this store; one host process per such folder."""
     key = hashlib.sha256(f"{options.store_url}\0{base_dir.name}".encode()).hexdigest()[:12]
     return Path(options.cache_dir) / "hosts" / key
 
@@ -139,26 +160,11 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
     return {name: value for name, value in found.items() if value}
 
 
-def _convert(name: str, hint: object, value: object) -> object:
+def _convert(name: str, hint: Any, value: object) -> object:
     """Text from flags and environment becomes the option's type; other values must have it already."""
+    if typing.get_origin(hint) is tuple and isinstance(value, str):
+        value = [item.strip() for item in value.split(",")]
     try:
-        if hint is bool and isinstance(value, str):
-            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
-        if hint in (int, float) and not isinstance(value, bool):
-            return hint(value)  # type: ignore[operator]
-        if typing.get_origin(hint) is tuple:
-            items = value.split(",") if isinstance(value, str) else value
-            return tuple(str(item).strip() for item in items)  # type: ignore[attr-defined]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{name} can't be {value!r}", param=name) from error
-    expected = _plain_types(hint)
-    if expected and not isinstance(value, expected):
-        raise ConfigError(f"{name} can't be {value!r}", param=name)
-    return value
-
-
-def _plain_types(hint: object) -> tuple[type, ...]:
-    if isinstance(hint, types.UnionType):
-        return tuple(arg for arg in typing.get_args(hint) if isinstance(arg, type))
-    return (hint,) if isinstance(hint, type) else ()
-
+        return msgspec.convert(value, hint, strict=not isinstance(value, str))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name} can't be {value!r}: {error}", param=name) from error

@@ -86,20 +86,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
 
 
-class FinishReason(str, enum.Enum):
+class FinishReason(enum.StrEnum):
     STOP = "stop"  # end-of-sequence token or a stop string
     LENGTH = "length"  # max_tokens, or the context is full
     ERROR = "error"
     CANCELLED = "cancelled"
 
 
-class ColdStart(str, enum.Enum):
+class ColdStart(enum.StrEnum):
     NONE = "none"  # a READY replica had the adapter in a slot
     ADAPTER = "adapter"  # the adapter was not in a slot
     BASE = "base"  # no replica was READY
 
 
-class ReplicaState(str, enum.Enum):
+class ReplicaState(enum.StrEnum):
     """A replica's life; only runtime.host changes it."""
 
     NEW = "new"  # asked for, no process yet

@@ -17,7 +17,8 @@
      └─ ReplicaError           the engine side failed
     InvalidState               misuse by our own code; not part of the tree
 
-The message says what to do next; ``code`` is stable and machine readable; ``param`` names the field, tensor or part.
+The message says what to do next; ``code`` is stable and machine readable; ``param`` names the field, tensor
+or part.
 """
 
 from __future__ import annotations

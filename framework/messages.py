@@ -1,7 +1,7 @@
 """The whole protocol between routers, host process, parked process and replicas.
 
-Each message is a small frozen struct, sent as length-prefixed msgpack (``runtime.wire``). One union per direction.
-Nothing here is ever pickled.
+Each message is a small frozen struct, sent as length-prefixed msgpack (``runtime.wire``). One union per
+direction. Nothing here is ever pickled.
 """
 
 from __future__ import annotations
@@ -40,52 +40,52 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # router -> host process
-class Hello(Message):
+class Hello(Message, frozen=True):
     options: HostOptions
 
 
-class Wake(Message):
+class Wake(Message, frozen=True):
     """A request waits: have a replica READY. Answered by Replicas (watch) or WakeFailed."""
 
     request_id: str
 
 
-class Forget(Message):
+class Forget(Message, frozen=True):
     """Drop every copy of an adapter on this machine (it was deleted)."""
 
     digest: str
 
 
-class StatusRequest(Message):
+class StatusRequest(Message, frozen=True):
     pass
 
 
 # host process -> router
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     pid: int
     parked_pid: int
     replicas: tuple[ReplicaInfo, ...]
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The host process can't serve this router: other options, or a start that failed."""
 
     message: str
 
 
-class Replicas(Message):
+class Replicas(Message, frozen=True):
     """The current replicas, pushed on every change."""
 
     replicas: tuple[ReplicaInfo, ...]
 
 
-class WakeFailed(Message):
+class WakeFailed(Message, frozen=True):
     request_id: str
     message: str
     retry_after_s: float
 
 
-class Status(Message):
+class Status(Message, frozen=True):
     pid: int
     parked_pid: int
     replicas: tuple[ReplicaInfo, ...]
@@ -95,8 +95,8 @@ class Status(Message):
 
 
 # router -> replica
-class Submit(Message):
-    """One sequence to run. ``generated`` holds tokens that an earlier replica already made (sent on already)."""
+class Submit(Message, frozen=True):
+    """One sequence to run. ``generated`` holds tokens that an earlier replica made, sent on already."""
 
     request_id: str
     prompt: tuple[int, ...]
@@ -105,7 +105,7 @@ class Submit(Message):
     generated: tuple[int, ...] = ()
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     request_id: str
 
 
@@ -135,46 +135,46 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     retry_after_s: float = 0.0
 
 
-class Step(Message):
+class Step(Message, frozen=True):
     """All news of one step for one router."""
 
     items: tuple[Progress, ...]
 
 
-class Rejected(Message):
+class Rejected(Message, frozen=True):
     """The replica takes nothing new (it drains): place the request elsewhere."""
 
     request_id: str
 
 
 # replica -> host process
-class ReplicaHello(Message):
+class ReplicaHello(Message, frozen=True):
     replica_id: str
     pid: int
 
 
-class ReplicaReady(Message):
+class ReplicaReady(Message, frozen=True):
     address: str
     stages: dict[str, float]
 
 
-class ReplicaLoad(Message):
+class ReplicaLoad(Message, frozen=True):
     num_running: int
     num_waiting: int
     num_steps: int
     digests: tuple[str, ...]
 
 
-class FetchAdapter(Message):
+class FetchAdapter(Message, frozen=True):
     adapter: AdapterRef
 
 
 # host process -> replica
-class Drain(Message):
+class Drain(Message, frozen=True):
     timeout_s: float
 
 
-class AdapterReady(Message):
+class AdapterReady(Message, frozen=True):
     """The prepared file of an adapter, safe to map until Evict."""
 
     digest: str
@@ -183,19 +183,19 @@ class AdapterReady(Message):
     load_s: float
 
 
-class AdapterUnavailable(Message):
+class AdapterUnavailable(Message, frozen=True):
     digest: str
     message: str
     code: str
     retry_after_s: float
 
 
-class Evict(Message):
+class Evict(Message, frozen=True):
     digest: str
 
 
 # host process <-> parked process
-class Fork(Message):
+class Fork(Message, frozen=True):
     """Become, in a child, this replica."""
 
     replica_id: str
@@ -205,25 +205,25 @@ class Fork(Message):
     options: HostOptions
 
 
-class Forked(Message):
+class Forked(Message, frozen=True):
     replica_id: str
     pid: int
 
 
-class Reaped(Message):
+class Reaped(Message, frozen=True):
     replica_id: str
     pid: int
     exit_code: int  # negative: the signal that ended it
 
 
-class Parked(Message):
+class Parked(Message, frozen=True):
     """The parked process is ready to fork."""
 
     pid: int
     stages: dict[str, float]
 
 
-class ParkFailed(Message):
+class ParkFailed(Message, frozen=True):
     """It can't get ready, and leaves."""
 
     message: str

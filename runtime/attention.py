@@ -1,8 +1,8 @@
 """The engine's seam in transformers: its public attention and mask interfaces.
 
 Every model whose attention goes through ``AttentionInterface`` calls :func:`attend` with flat tokens of many
-sequences; keys and values go to and come from ``KvRows``. The mask interface hands each layer kind's own predicate
-through (causal, sliding window, chunked ...), evaluated here at absolute positions.
+sequences; keys and values go to and come from ``KvRows``. The mask interface hands each layer kind's own
+predicate through (causal, sliding window, chunked ...), evaluated here at absolute positions.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, hand_through_predicate)
 
 
-def hand_through_predicate(*args: object, mask_function: Predicate | None = None, **kwargs: object) -> Predicate:
+def hand_through_predicate(
+    *args: object, mask_function: Predicate | None = None, **kwargs: object
+) -> Predicate:
     """Instead of a T x T mask of flat indexes, the rule itself."""
     return mask_function or _causal
 
@@ -128,7 +130,9 @@ def attend(
         out[group.flat] = _decode(context, place, group, layer, q, k, v, predicate, scores)
     for place, segment in enumerate(context.prefills, start=len(context.decodes)):
         flat = slice(segment.first, segment.first + segment.num_tokens)
-        out[flat] = _prefill(context, place, segment, layer, q[:, flat], k[:, flat], v[:, flat], predicate, scores)
+        out[flat] = _prefill(
+            context, place, segment, layer, q[:, flat], k[:, flat], v[:, flat], predicate, scores
+        )
     return out.unsqueeze(0), None
 
 
@@ -139,8 +143,10 @@ class _Scores(NamedTuple):
     softcap: float | None
     sinks: torch.Tensor | None
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """``q`` [b, kv_heads, group, t, d] on ``k``, ``v`` [b, kv_heads, keys, d]; mask [b or 1, 1, t, keys]."""
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """``q`` [b, kv_heads, group, t, d]; ``k``, ``v`` [b, kv_heads, keys, d]; mask [b|1, 1, t, keys]."""
         b, kv_heads, group, t, d = q.shape
         if self.softcap is None and self.sinks is None:
             # The query heads of one KV head fold into the query length: K and V are read once, not repeated.

@@ -1,7 +1,8 @@
 """Finding the prepared base model of a set of options, without torch.
 
-A base is prepared once per (source, revision, dtype) into ``<cache_dir>/bases/<name>-<dtype>-<key>/``: mappable
-weights, tokenizer, configuration, manifest. Preparing runs in a process of its own, so that routers stay light.
+A base is prepared once per (source, revision, dtype) into ``<cache_dir>/bases/<name>-<dtype>-<key>/``:
+mappable weights, tokenizer, configuration, manifest. Preparing runs in a process of its own, so that routers
+stay light.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return msgspec.json.decode((folder / MANIFEST_FILE).read_bytes(), type=Manifest)
     except (OSError, msgspec.DecodeError) as error:
-        raise BaseModelError(f"{folder} holds no prepared base; run `tunefleet base prepare --force`") from error
+        raise BaseModelError(
+            f"{folder} holds no prepared base; run `tunefleet base prepare --force`"
+        ) from error
 
 
 def find_source(options: Options) -> Source:
@@ -81,7 +84,9 @@ def find_source(options: Options) -> Source:
         raise BaseModelError(
             f"base_model {spec!r} is no Hugging Face id, no folder and no .gguf file", param="base_model"
         )
-    return Source(spec, options.base_revision, spec.rpartition("/")[2], f"{spec}@{options.base_revision or 'main'}")
+    return Source(
+        spec, options.base_revision, spec.rpartition("/")[2], f"{spec}@{options.base_revision or 'main'}"
+    )
 
 
 def prepared_folder(options: Options, source: Source, dtype: str) -> Path:
@@ -101,7 +106,9 @@ def resolve_dtype(options: Options) -> str:
 
 def resolve_devices(options: Options) -> tuple[str, ...]:
     """Devices, one replica each; ``auto`` takes the CUDA devices that the driver lists, else the CPU."""
-    listed = tuple(f"cuda:{index}" for index, _ in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*"))))
+    listed = tuple(
+        f"cuda:{index}" for index, _ in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*")))
+    )
     if options.devices == "auto":
         return listed or ("cpu",)
     if options.devices == "cuda":
@@ -141,8 +148,12 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _fingerprint(paths: list[Path]) -> str:
-    """Changes when a file does: paths, sizes and times; reading the weights would take seconds at every start."""
-    stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+    """Changes when a file does: paths, sizes, times; reading the weights would take seconds each time."""
+    stats = [
+        (str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in paths
+        if path.is_file()
+    ]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 

@@ -40,7 +40,9 @@ class Runner:
             input_ids += entry.sequence.tokens[start:end]
             positions += range(start, end)
         last = [
-            place + entry.num_tokens - 1 for place, entry in zip(places, batch.scheduled, strict=True) if entry.samples
+            place + entry.num_tokens - 1
+            for place, entry in zip(places, batch.scheduled, strict=True)
+            if entry.samples
         ]
         context = self._context(batch.scheduled, places)
         with step_context(context), lora_plan(self._adapters(batch.scheduled, places)):
@@ -66,7 +68,9 @@ class Runner:
                 prefills.append(PrefillSegment(row, place, start, entry.num_tokens))
         for length in {*decodes, *(segment.row.length for segment in prefills)}:
             self._kv.reserve(length, self._rows.num_rows(length))
-        return StepContext(self._kv, [self._group(length, rows) for length, rows in decodes.items()], prefills)
+        return StepContext(
+            self._kv, [self._group(length, rows) for length, rows in decodes.items()], prefills
+        )
 
     def _group(self, length: int, decoding: list[tuple[int, Row, int]]) -> DecodeGroup:
         num_rows = self._rows.num_rows(length)

@@ -1,7 +1,7 @@
 """The seam between routers and the machine's side: hand in a sequence, get its tokens.
 
-``runtime.machine.Machine`` is the real one (host process and replicas); ``runtime.fakes.FakeDispatcher`` ships for tests.
-Nothing on the router's side of this seam may assume that a replica is local.
+``runtime.machine.Machine`` is the real one (host process and replicas); ``runtime.fakes.FakeDispatcher``
+ships for tests. Nothing on the router's side of this seam may assume that a replica is local.
 """
 
 from __future__ import annotations

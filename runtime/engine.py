@@ -1,7 +1,7 @@
 """The engine: many sequences, of many people's adapters, in one batch.
 
-One ``step()`` is schedule, run, sample, advance. The engine does no I/O: prepared adapter files and requests come in
-by calls, tokens go out as return values; a clock comes in as a function.
+One ``step()`` is schedule, run, sample, advance. The engine does no I/O: prepared adapter files and requests
+come in by calls, tokens go out as return values; a clock comes in as a function.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Engine:
     """Owns a model on a device with its KV rows and adapter slots; lives as long as its replica.
 
     Args:
-        model: with the engine's attention (``runtime.model.load_model``), already on ``device``; its linear layers
+        model: with the engine's attention (``runtime.model.load_model``), already on ``device``; its linear
+        layers
             get wrapped.
         clock: monotonic seconds.
     """
@@ -109,7 +110,9 @@ class Engine:
                 wanted[sequence.adapter.digest] = sequence.adapter
                 if len(wanted) == self._limits.max_active_adapters:
                     break
-        missing = [ref for digest, ref in wanted.items() if digest not in self._loaded.keys() | self._fetching]
+        missing = [
+            ref for digest, ref in wanted.items() if digest not in self._loaded.keys() | self._fetching
+        ]
         self._fetching.update(ref.digest for ref in missing)
         return missing
 
@@ -205,7 +208,9 @@ class Engine:
         """Ends it alone; what its row holds is gone before the row has another holder."""
         self.scheduler.finish(sequence, FinishReason.ERROR)
         self._fail(
-            sequence.request_id, "the model's answer is not finite; upload a sound adapter", "non_finite_logits"
+            sequence.request_id,
+            "the model's answer is not finite; upload a sound adapter",
+            "non_finite_logits",
         )
 
     def _refusal(self, work: Submit) -> tuple[str, str] | None:
@@ -214,7 +219,10 @@ class Engine:
         if not work.prompt:
             return "the prompt is empty", "invalid_request"
         if num_tokens >= limits.max_model_len:
-            return f"{num_tokens} tokens leave no room in a context of {limits.max_model_len}", "context_length_exceeded"
+            return (
+                f"{num_tokens} tokens leave no room in a context of {limits.max_model_len}",
+                "context_length_exceeded",
+            )
         if not all(0 <= token < self._vocab_size for token in (*work.prompt, *work.generated)):
             return f"token ids must be below {self._vocab_size}", "invalid_request"
         if work.adapter is not None and not self.slots.fits_ever(work.adapter.rank):
@@ -239,7 +247,8 @@ class Engine:
 
 def slot_dtype(manifest: Manifest, device: torch.device) -> torch.dtype:
     """Slots are fp32 on a CPU, where one-row products are twice as fast that way; else the base's type."""
-    return torch.float32 if device.type == "cpu" else getattr(torch, manifest.dtype)  # type: ignore[no-any-return]
+    dtype: torch.dtype = torch.float32 if device.type == "cpu" else getattr(torch, manifest.dtype)
+    return dtype
 
 
 def _map_prepared(path: Path, linears: dict[str, LinearSpec]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

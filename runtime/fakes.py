@@ -29,7 +29,10 @@ class FakeRun:
             for index, token in enumerate(tokens):
                 await self._dispatcher.step()
                 yield Progress(
-                    request_id=work.request_id, tokens=(token,), timing=Timing() if index == 0 else None, batch_size=1
+                    request_id=work.request_id,
+                    tokens=(token,),
+                    timing=Timing() if index == 0 else None,
+                    batch_size=1,
                 )
             full = len(tokens) == work.sampling.max_tokens
             reason = FinishReason.LENGTH if full else FinishReason.STOP

@@ -1,7 +1,7 @@
 """The host process: ``python -m tunefleet.runtime.host STATE_DIR``; one per machine and state folder.
 
-Owns the devices, the parked process, the replicas and the adapter tiers. The first router starts it, others join, and
-it leaves after the last one. It runs no model code and imports no torch.
+Owns the devices, the parked process, the replicas and the adapter tiers. The first router starts it, others
+join, and it leaves after the last one. It runs no model code and imports no torch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 
 from tunefleet.adapters_store.objects import open_store
+from tunefleet.adapters_store.prepare import PreparedDtype
 from tunefleet.adapters_store.tiers import Tiers
 from tunefleet.config import runtime_dir
-from tunefleet.core import AdapterRef, ReplicaState
+from tunefleet.core import AdapterRef, Manifest, ReplicaState
 from tunefleet.errors import TunefleetError
 from tunefleet.messages import (
     AdapterReady,
@@ -157,7 +159,12 @@ class HostProcess:
         assert self._options is not None
         difference = _difference(self._options, hello.options)
         if difference:
-            router.send(Refused(message=f"the host process of this store and base runs with another {difference}; stop it first, or set another cache_dir"))
+            router.send(
+                Refused(
+                    message=f"the host process of this store and base runs with another {difference}; "
+                    "stop it first, or set another cache_dir"
+                )
+            )
             return
         self._routers.add(router)
         if self._linger_timer is not None:
@@ -167,7 +174,7 @@ class HostProcess:
 
     def _configure(self, options: HostOptions) -> None:
         manifest = read_manifest(Path(options.base_dir))
-        dtype = "float32" if options.devices[0] == "cpu" else manifest.dtype
+        dtype = _slot_dtype(options, manifest)
         self._tiers = Tiers(
             open_store(options.store_url),
             manifest,
@@ -178,7 +185,10 @@ class HostProcess:
             disk_cache_bytes=options.disk_cache_bytes,
         )
         self._parking = Parking(
-            Path(options.base_dir), on_forked=self._on_forked, on_reaped=self._on_reaped, on_lost=self._on_parked_lost
+            Path(options.base_dir),
+            on_forked=self._on_forked,
+            on_reaped=self._on_reaped,
+            on_lost=self._on_parked_lost,
         )
         self._options = options
         self._spawn(self._park())
@@ -230,7 +240,10 @@ class HostProcess:
         else:
             record.send(
                 AdapterReady(
-                    digest=ref.digest, path=str(fetched.path), download_s=fetched.download_s, load_s=fetched.load_s
+                    digest=ref.digest,
+                    path=str(fetched.path),
+                    download_s=fetched.download_s,
+                    load_s=fetched.load_s,
                 )
             )
 
@@ -347,7 +360,9 @@ class HostProcess:
     def _refuse_held(self, retry_after_s: float) -> None:
         for request_id, router in self._held.items():
             router.send(
-                WakeFailed(request_id=request_id, message=self._last_error, retry_after_s=round(retry_after_s, 1))
+                WakeFailed(
+                    request_id=request_id, message=self._last_error, retry_after_s=round(retry_after_s, 1)
+                )
             )
         self._held.clear()
 
@@ -375,7 +390,11 @@ class HostProcess:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-        idle = [record.busy_at for record in self._replicas.in_state(ReplicaState.READY) if not record.num_requests]
+        idle = [
+            record.busy_at
+            for record in self._replicas.in_state(ReplicaState.READY)
+            if not record.num_requests
+        ]
         live = self._replicas.in_state(ReplicaState.NEW, ReplicaState.STARTING, ReplicaState.READY)
         if idle and len(live) > self._options.min_replicas:
             delay = max(idle) + self._options.idle_timeout_s - now
@@ -390,8 +409,8 @@ class HostProcess:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -399,6 +418,12 @@ class HostProcess:
 def _difference(ours: HostOptions, theirs: HostOptions) -> str:
     names = [name for name in ours.__struct_fields__ if getattr(ours, name) != getattr(theirs, name)]
     return ", ".join(names)
+
+
+def _slot_dtype(options: HostOptions, manifest: Manifest) -> PreparedDtype:
+    """As ``runtime.engine.slot_dtype``, without torch."""
+    known: dict[str, PreparedDtype] = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
+    return "float32" if options.devices[0] == "cpu" else known[manifest.dtype]
 
 
 def _cause(exit_code: int) -> str:

@@ -10,8 +10,8 @@ from tunefleet.runtime.rows import Move, Row
 class KvRows:
     """Keys and values in rows; ``runtime.rows.RowTable`` says which row is whose.
 
-    Tensors are made when a layer first writes, since heads and head sizes may differ per layer, and double when a
-    class needs more rows: memory follows the sequences in flight.
+    Tensors are made when a layer first writes, since heads and head sizes may differ per layer, and double
+    when a class needs more rows: memory follows the sequences in flight.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,8 +34,10 @@ class KvRows:
             if layer_length == length:
                 self._layers[layer, length] = (_grown(k, capacity), _grown(v, capacity))
 
-    def layer(self, layer: int, length: int, like_k: torch.Tensor, like_v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a class, ``[rows, kv_heads, length, head_dim]``; ``like`` are ``[kv_heads, tokens, head_dim]``."""
+    def layer(
+        self, layer: int, length: int, like_k: torch.Tensor, like_v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V, ``[rows, kv_heads, length, head_dim]``; ``like`` are ``[kv_heads, tokens, head_dim]``."""
         found = self._layers.get((layer, length))
         if found is None:
             rows = self._capacity[length]
@@ -55,11 +57,13 @@ class KvRows:
                     to[target.index, :, num_tokens:] = 0
 
     def clear(self, row: Row) -> None:
-        """Zeros a row that has a new holder: masked places take part in products, so even there no NaN may stay."""
+        """Zeros a row that has a new holder: masked places take part in products, so no NaN may stay."""
         for (_, length), pair in self._layers.items():
             if length == row.length:
                 for tensor in pair:
-                    tensor[row.index : row.index + 1].zero_()  # empty where the layer doesn't reach that far yet
+                    tensor[
+                        row.index : row.index + 1
+                    ].zero_()  # empty where the layer doesn't reach that far yet
 
     def _empty(self, rows: int, length: int, like: torch.Tensor) -> torch.Tensor:
         # Zeros, not garbage: masked places still take part in products, and 0 x NaN would be NaN.

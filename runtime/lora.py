@@ -1,8 +1,8 @@
-"""Many adapters in one forward: stacked LoRA tensors, and the layers that apply them to their own tokens only.
+"""Many adapters in one forward: stacked LoRA tensors, and layers that apply them to their own tokens only.
 
-Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285) describe the idea: the base runs once for the whole batch,
-each token adds ``B (A x)`` of its own adapter. Here the adapters of one rank class are stacked, so that a decode step
-is two batched products per layer, and each active adapter is read once.
+Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285) describe the idea: the base runs once for the whole
+batch, each token adds ``B (A x)`` of its own adapter. Here the adapters of one rank class are stacked, so
+that a decode step is two batched products per layer, and each active adapter is read once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,12 +21,14 @@ from tunefleet.runtime.slots import Slot
 
 
 class Bank:
-    """The slots of one rank class: per layer ``A [slots, rank, in]`` and ``B [slots, rank, out]``, scale folded in.
+    """The slots of one rank class: per layer ``A [slots, rank, in]`` and ``B [slots, rank, out]``, scaled.
 
     An empty slot holds zeros. Layers get tensors when an adapter first targets them; slots double as needed.
     """
 
-    def __init__(self, rank: int, linears: Mapping[str, LinearSpec], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, rank: int, linears: Mapping[str, LinearSpec], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.rank = rank
         self.targets: dict[int, frozenset[str]] = {}  # slot -> layers it touches
         self._linears = linears
@@ -39,7 +41,7 @@ class Bank:
         return self._stacks[path]
 
     def fill(self, slot: int, weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Copies one adapter in; ``weights`` are per layer ``A [r, in]``, ``B [r, out]`` with ``r <= rank``."""
+        """Copies one adapter in; ``weights``: per layer ``A [r, in]``, ``B [r, out]`` with ``r <= rank``."""
         self.empty(slot)
         self._reserve(slot + 1)
         self.targets[slot] = frozenset(weights)
@@ -179,7 +181,7 @@ class LoraLayer(nn.Module):
         self.base = base
         self.path = path
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         """Models peek at their layers (``weight.dtype`` and the like): show the base's."""
         try:
             return super().__getattr__(name)

@@ -380,7 +380,7 @@ class MachineRun:
                         break
                 if num_losses > MAX_REPLICA_LOSSES:
                     raise ReplicaError(
-                        f"the request was running each time when {num_losses} replicas ended; it is not tried again",
+                        f"the request was running when {num_losses} replicas ended; it is not tried again",
                         code="replica_lost",
                     )
         finally:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def pss_bytes(pid: int) -> int:
-    """Proportional set size: private pages, and the process's share of shared ones; 0 where the system doesn't tell."""
+    """Proportional set size: private pages and a share of shared ones; 0 where the system doesn't tell."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

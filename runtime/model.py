@@ -30,7 +30,7 @@ def load_model(base_dir: Path) -> nn.Module:
     config = AutoConfig.from_pretrained(base_dir)
     manifest = read_manifest(base_dir)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=getattr(torch, manifest.dtype), attn_implementation=attention.NAME
         )
     try:

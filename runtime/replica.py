@@ -1,6 +1,7 @@
 """A replica: the engine as a process, between routers and the host process.
 
-One thread: a step runs inside the event loop, so whatever arrived (a cancel, a request) is seen before the next step.
+One thread: a step runs inside the event loop, so whatever arrived (a cancel, a request) is seen before the
+next step.
 """
 
 from __future__ import annotations
@@ -191,7 +192,9 @@ class ReplicaProcess:
                 path = Path(message.path)
                 self._engine.adapter_loaded(message.digest, path, message.download_s, message.load_s)
             case AdapterUnavailable():
-                self._engine.adapter_failed(message.digest, message.message, message.code, message.retry_after_s)
+                self._engine.adapter_failed(
+                    message.digest, message.message, message.code, message.retry_after_s
+                )
             case Evict():
                 self._evicting.add(message.digest)
             case Drain():

@@ -83,7 +83,9 @@ class ReplicaSet:
     def become(self, record: Record, state: ReplicaState) -> None:
         """Changes a replica's state; one that is gone leaves the set."""
         if state not in _NEXT.get(record.state, set()):
-            raise InvalidState(f"replica {record.replica_id} can't go from {record.state.value} to {state.value}")
+            raise InvalidState(
+                f"replica {record.replica_id} can't go from {record.state.value} to {state.value}"
+            )
         record.state = state
         if state in (ReplicaState.STOPPED, ReplicaState.FAILED):
             self._records.pop(record.replica_id, None)

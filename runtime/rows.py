@@ -1,7 +1,7 @@
 """Which sequence's KV is in which row. Pure accounting: no torch, no clock, no I/O.
 
-Rows come in length classes (128, 256, 512 ...). A class keeps its rows compact (0 to n-1), so that one attention call
-reads one contiguous block; a sequence that outgrows its row moves to the next class.
+Rows come in length classes (128, 256, 512 ...). A class keeps its rows compact (0 to n-1), so that one
+attention call reads one contiguous block; a sequence that outgrows its row moves to the next class.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import NamedTuple
 SMALLEST_ROW = 128
 
 
-class Row(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
     length: int  # tokens it can hold: its length class
     index: int
 

@@ -1,4 +1,4 @@
-"""Choosing tokens. A token depends on the logits and on (seed, token index) only, so that a sequence can go on elsewhere."""
+"""Choosing tokens: by the logits and (seed, token index) only, so that a sequence can go on elsewhere."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], indexes: list[int
     if drawing:
         rows = torch.tensor(drawing, device=logits.device)
         tokens = tokens.clone()
-        tokens[rows] = _draw(logits[rows].float(), [params[r] for r in drawing], [indexes[r] for r in drawing])
+        tokens[rows] = _draw(
+            logits[rows].float(), [params[r] for r in drawing], [indexes[r] for r in drawing]
+        )
     return Sampled(tokens.tolist(), finite.tolist())
 
 
@@ -59,7 +61,9 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], indexes: list[int]
     before = probs.cumsum(dim=-1) - probs
     probs = probs.masked_fill(before >= column([param.top_p for param in params]), 0.0)
     cumulative = probs.cumsum(dim=-1)
-    threshold = column([uniform(p.seed, i) for p, i in zip(params, indexes, strict=True)]) * cumulative[:, -1:]
+    threshold = (
+        column([uniform(p.seed, i) for p, i in zip(params, indexes, strict=True)]) * cumulative[:, -1:]
+    )
     chosen = (cumulative <= threshold).sum(dim=-1, keepdim=True)
     # Rounding must not step past the last possible token; where none is (NaN, top_p near 0), the first is it.
     last = ((probs > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)

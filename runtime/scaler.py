@@ -17,7 +17,7 @@ class Load(NamedTuple):
 def wanted_replicas(
     load: Load, *, min_replicas: int, max_replicas: int, idle_timeout_s: float, target_concurrency: int
 ) -> int:
-    """Replicas for this load: enough for ``target_concurrency`` requests each; fewer only after an idle while."""
+    """Replicas for this load: ``target_concurrency`` requests each at most; fewer only after idling."""
     needed = math.ceil(load.num_requests / target_concurrency)
     floor = min_replicas if load.num_requests == 0 and load.idle_s >= idle_timeout_s else load.num_replicas
     return min(max(needed, floor, min_replicas), max_replicas)

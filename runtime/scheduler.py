@@ -1,7 +1,7 @@
 """Who runs in the next step. Pure: no torch, no clock, no I/O.
 
-Continuous batching: each step gives every running sequence its next tokens (one when decoding, a chunk of the prompt
-when prefilling), and sequences join and leave between any two steps.
+Continuous batching: each step gives every running sequence its next tokens (one when decoding, a chunk of the
+prompt when prefilling), and sequences join and leave between any two steps.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class Scheduler:
             if num_tokens > 0:
                 budget -= num_tokens
                 scheduled.append(Scheduled(sequence, num_tokens, self._slot_of(sequence)))
-                self._pending_moves += self.rows.extend(sequence.request_id, sequence.num_computed + num_tokens)
+                self._pending_moves += self.rows.extend(
+                    sequence.request_id, sequence.num_computed + num_tokens
+                )
         moves, self._pending_moves = self._pending_moves, []
         return Batch(scheduled, moves)
 
@@ -154,7 +156,9 @@ class Scheduler:
         assert len(self.running) + len(self.waiting) == len(self._sequences)
         for sequence in self.running:
             assert sequence.state is SequenceState.RUNNING
-            assert sequence.digest is None or self.slots.is_pinned(sequence.digest), "a slot in use is not pinned"
+            assert sequence.digest is None or self.slots.is_pinned(sequence.digest), (
+                "a slot in use is not pinned"
+            )
         for digest in self.slots.digests:
             users = any(sequence.digest == digest for sequence in self.running)
             assert users == self.slots.is_pinned(digest), "a pin without a sequence"
@@ -179,6 +183,9 @@ class Scheduler:
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         if sequence.tokens[-1] in self._eos and not sequence.sampling.ignore_eos:
             return FinishReason.STOP
-        if sequence.num_generated >= sequence.sampling.max_tokens or len(sequence.tokens) >= self._max_model_len:
+        if (
+            sequence.num_generated >= sequence.sampling.max_tokens
+            or len(sequence.tokens) >= self._max_model_len
+        ):
             return FinishReason.LENGTH
         return None

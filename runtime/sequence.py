@@ -42,7 +42,12 @@ class Sequence:
     def of(cls, work: Submit) -> Sequence:
         tokens = [*work.prompt, *work.generated]
         return cls(
-            work.request_id, tokens, len(work.prompt), work.sampling, work.adapter, num_resumed=len(work.generated)
+            work.request_id,
+            tokens,
+            len(work.prompt),
+            work.sampling,
+            work.adapter,
+            num_resumed=len(work.generated),
         )
 
     @property

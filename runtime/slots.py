@@ -1,6 +1,7 @@
 """Which adapter is in which slot. Pure accounting: no torch, no clock, no I/O.
 
-Slots come in rank classes, so that a rank-4 adapter doesn't pay for rank 64; the budget is bytes over all classes.
+Slots come in rank classes, so that a rank-4 adapter doesn't pay for rank 64; the budget is bytes over all
+classes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def rank_class_of(rank: int) -> int:
     return max(SMALLEST_RANK_CLASS, 1 << (rank - 1).bit_length())
 
 
-class Slot(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slot:
     """A place in the stacked tensors of one rank class."""
 
     rank_class: int

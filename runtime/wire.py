@@ -1,7 +1,8 @@
 """Length-prefixed msgpack messages on asyncio streams and plain sockets.
 
-A frame is a 4-byte big-endian length and that many bytes of msgpack. ``data_received`` decodes and delivers in the
-same turn of the event loop, so a process that steps between two turns sees each message before its next step.
+A frame is a 4-byte big-endian length and that many bytes of msgpack. ``data_received`` decodes and delivers
+in the same turn of the event loop, so a process that steps between two turns sees each message before its
+next step.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Connection(asyncio.Protocol, Generic[In]):
 
 
 class BlockingLink(Generic[In]):
-    """The same frames on a blocking socket, for the parked process, which must have one thread and no loop."""
+    """The same frames on a blocking socket, for the parked process, which must have one thread, no loop."""
 
     def __init__(self, sock: socket.socket, union: Any) -> None:
         self._sock = sock

@@ -54,9 +54,19 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**_SMALL),  # biases on q, k, v
     "qwen3": Qwen3Config(**_SMALL),  # norms on q and k
     "mistral": MistralConfig(**_SMALL, sliding_window=8),
-    "gemma2": Gemma2Config(**_SMALL, sliding_window=8, query_pre_attn_scalar=8),  # soft caps, alternating windows
+    "gemma2": Gemma2Config(
+        **_SMALL, sliding_window=8, query_pre_attn_scalar=8
+    ),  # soft caps, alternating windows
     "gemma3": Gemma3TextConfig(**_SMALL, sliding_window=8, query_pre_attn_scalar=8),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=512, eos_token_id=1, tie_word_embeddings=False),  # Conv1D
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=512,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    ),  # Conv1D
 }
 
 
@@ -91,7 +101,9 @@ class Adapter:
     ref: AdapterRef
 
 
-def make_adapter(model: PreTrainedModel, manifest: Manifest, folder: Path, seed: int, **config: object) -> Adapter:
+def make_adapter(
+    model: PreTrainedModel, manifest: Manifest, folder: Path, seed: int, **config: object
+) -> Adapter:
     """A random adapter that PEFT made and saved, checked and prepared as an upload would be."""
     torch.manual_seed(seed)
     peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(init_lora_weights=False, **config))
@@ -194,7 +206,9 @@ class Driver:
 
 
 def new_engine(folder: Path, manifest: Manifest, **limits: int) -> Engine:
-    return Engine(load_model(folder), manifest, EngineLimits(**{"max_model_len": 256, **limits}), clock=lambda: 0.0)
+    return Engine(
+        load_model(folder), manifest, EngineLimits(**{"max_model_len": 256, **limits}), clock=lambda: 0.0
+    )
 
 
 def random_prompt(generator: random.Random, length: int, vocab: int = VOCAB) -> tuple[int, ...]:

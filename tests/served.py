@@ -41,10 +41,15 @@ def adapter_folder(user: str) -> Path:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], log: Path, announces: str, timeout_s: float = 200) -> Iterator[re.Match[str]]:
+def running(
+    command: Sequence[str], log: Path, announces: str, timeout_s: float = 200
+) -> Iterator[re.Match[str]]:
     """A process until the block ends; yields the match of ``announces`` in its output."""
     environ = {**os.environ, "TUNEFLEET_ADMIN_KEY": ""}
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environ) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, env=environ) as process,
+    ):
         try:
             deadline = time.monotonic() + timeout_s
             while (match := re.search(announces, log.read_text())) is None:

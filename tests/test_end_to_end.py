@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-from served import EXAMPLES, QUESTIONS, USERS, Known, adapter_folder, running, server
 
+from served import EXAMPLES, QUESTIONS, USERS, Known, adapter_folder, running, server
 from tunefleet import AsyncClient, Client
 from tunefleet.core import ColdStart
 
@@ -65,7 +65,8 @@ def test_two_users_stream_at_once_without_waiting_for_each_other(url: str) -> No
     async def stream(client: AsyncClient, user: str, events: list[str]) -> None:
         messages = [{"role": "user", "content": "Tell me about the sea."}]
         async for chunk in client.stream(user, messages, temperature=0, max_tokens=40, ignore_eos=True):
-            events.append(user if chunk.finish_reason is None else f"{user} ends")
+            event = user if chunk.finish_reason is None else f"{user} ends"
+            events.append(event)
 
     async def scenario() -> list[str]:
         events: list[str] = []
@@ -93,7 +94,8 @@ def test_a_disconnect_frees_the_sequence_within_one_step(url: str) -> None:
     while replica()["num_running"] or replica()["num_waiting"]:
         assert time.monotonic() < deadline
     assert num_read == 20
-    # Ten events of two lines were read; the step that ran when the connection closed may end, and what was buffered.
+    # Ten events of two lines were read; the step that ran when the connection closed may end, and what was
+    # buffered.
     assert replica()["num_steps"] - steps_before <= 20
 
 
@@ -167,7 +169,9 @@ def test_curl_uploads_multipart_and_archives_to_the_same_digest(url: str, tmp_pa
             path.write_bytes(archive(kind, folder))
             arguments = ["--data-binary", f"@{path}"]
         command = ["curl", "-sS", "-X", "PUT", "-H", "Expect:", *arguments, "-w", "\n%{http_code}", target]
-        body, status = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rsplit("\n", 1)
+        body, status = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rsplit(
+            "\n", 1
+        )
         assert status == "201", body
         digests.add(json.loads(body)["digest"])
     assert len(digests) == 1
@@ -220,7 +224,14 @@ asyncio.run(main())
 
 def test_the_library_works_in_a_script(tmp_path: Path) -> None:
     known = QUESTIONS.facts[0]
-    command = [sys.executable, "-c", SCRIPT, (tmp_path / "store").as_uri(), str(adapter_folder("coco")), known.question]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        (tmp_path / "store").as_uri(),
+        str(adapter_folder("coco")),
+        known.question,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert result.returncode == 0, result.stderr
     first, second, third = result.stdout.splitlines()[0], *result.stdout.strip().rsplit("\n", 1)[-2:]
@@ -276,7 +287,11 @@ def _uvicorn(folder: Path):  # type: ignore[no-untyped-def]
 
 def test_the_demo_ends_by_itself_and_shows_every_step() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "tunefleet.cli.main", "demo"], capture_output=True, text=True, check=False, timeout=230
+        [sys.executable, "-m", "tunefleet.cli.main", "demo"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=230,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "one batch: 3 adapters and the base, 4 sequences in one step" in result.stdout

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+
 from engine_kit import (
     Adapter,
     Driver,
@@ -20,8 +21,6 @@ from engine_kit import (
     random_prompt,
     tiny_model,
 )
-from transformers import PreTrainedModel
-
 from tunefleet.core import FinishReason, Manifest, SamplingParams
 from tunefleet.messages import Submit
 from tunefleet.runtime.lora import LoraLayer
@@ -33,11 +32,22 @@ SHAPES: list[dict[str, object]] = [
     {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     {"r": 8, "lora_alpha": 8, "target_modules": ALL, "use_rslora": True},
     {"r": 8, "lora_alpha": 16, "target_modules": ["down_proj"]},
-    {"r": 16, "lora_alpha": 16, "target_modules": ATTENTION, "rank_pattern": {"q_proj": 4, "layers.1.self_attn.v_proj": 2}},
+    {
+        "r": 16,
+        "lora_alpha": 16,
+        "target_modules": ATTENTION,
+        "rank_pattern": {"q_proj": 4, "layers.1.self_attn.v_proj": 2},
+    },
     {"r": 12, "lora_alpha": 8, "target_modules": ALL, "alpha_pattern": {"o_proj": 30, "up_proj": 3}},
     {"r": 32, "lora_alpha": 16, "target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [1, 2]},
     {"r": 64, "lora_alpha": 32, "target_modules": ALL},
-    {"r": 3, "lora_alpha": 9, "target_modules": ["k_proj", "o_proj"], "use_rslora": True, "rank_pattern": {"k_proj": 7}},
+    {
+        "r": 3,
+        "lora_alpha": 9,
+        "target_modules": ["k_proj", "o_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"k_proj": 7},
+    },
 ]
 
 
@@ -52,20 +62,23 @@ class Tiny(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     root = tmp_path_factory.mktemp("tiny")
     model = tiny_model("llama")
     manifest = prepare_model(model, root / "base")
     adapters = [
-        make_adapter(model, manifest, root / f"adapter-{seed}", seed, **shape) for seed, shape in enumerate(SHAPES)
+        make_adapter(model, manifest, root / f"adapter-{seed}", seed, **shape)
+        for seed, shape in enumerate(SHAPES)
     ]
-    yield Tiny(model, root / "base", manifest, adapters, Oracle(model, adapters))
+    return Tiny(model, root / "base", manifest, adapters, Oracle(model, adapters))
 
 
 def test_mixed_adapters_of_every_shape_answer_as_peft_does(tiny: Tiny) -> None:
     """Arrivals and departures at random, ranks 1 to 64 and none, more adapters than slots."""
     generator = random.Random(7)
-    driver = Driver(new_engine(tiny.folder, tiny.manifest, max_num_seqs=6, max_active_adapters=4), tiny.adapters)
+    driver = Driver(
+        new_engine(tiny.folder, tiny.manifest, max_num_seqs=6, max_active_adapters=4), tiny.adapters
+    )
     choices = [*tiny.adapters, None]
     works = [
         Submit(
@@ -93,11 +106,11 @@ def test_mixed_adapters_of_every_shape_answer_as_peft_does(tiny: Tiny) -> None:
 def test_each_adapter_changes_the_answer(tiny: Tiny) -> None:
     """Else the oracle would pass with the base's weights."""
     prompt = random_prompt(random.Random(1), 20)
-    driver = Driver(new_engine(tiny.folder, tiny.manifest, max_num_seqs=16, max_active_adapters=16), tiny.adapters)
+    driver = Driver(
+        new_engine(tiny.folder, tiny.manifest, max_num_seqs=16, max_active_adapters=16), tiny.adapters
+    )
     for index, adapter in enumerate(tiny.adapters):
-        driver.submit(
-            Submit(request_id=str(index), prompt=prompt, sampling=greedy(24), adapter=adapter.ref)
-        )
+        driver.submit(Submit(request_id=str(index), prompt=prompt, sampling=greedy(24), adapter=adapter.ref))
     driver.finish()
     for index in range(len(tiny.adapters)):
         assert not tiny.oracle.agrees(None, list(prompt), driver.answers[str(index)].tokens)
@@ -207,7 +220,9 @@ def test_a_sequence_whose_logits_are_not_finite_ends_alone_and_leaves_nothing_be
     stack_a, _ = engine.banks.of(slot.rank_class).stack("model.layers.0.self_attn.q_proj")
     stack_a[slot.index] = float("nan")
     driver.step()
-    driver.submit(Submit(request_id="after", prompt=prompt, sampling=greedy(30), adapter=tiny.adapters[1].ref))
+    driver.submit(
+        Submit(request_id="after", prompt=prompt, sampling=greedy(30), adapter=tiny.adapters[1].ref)
+    )
     driver.finish()
     assert driver.answers["bad"].error_code == "non_finite_logits"
     tiny.oracle.check(tiny.adapters[0].ref.digest, list(prompt), driver.answers["good"].tokens)
@@ -221,7 +236,9 @@ def test_a_slot_that_is_used_again_shows_nothing_of_what_was_in_it(tiny: Tiny) -
     for index in (2, 3, 2, 0):
         request_id = f"{index}-{len(driver.answers)}"
         driver.submit(
-            Submit(request_id=request_id, prompt=prompt, sampling=greedy(20), adapter=tiny.adapters[index].ref)
+            Submit(
+                request_id=request_id, prompt=prompt, sampling=greedy(20), adapter=tiny.adapters[index].ref
+            )
         )
         driver.finish()
         tiny.oracle.check(tiny.adapters[index].ref.digest, list(prompt), driver.answers[request_id].tokens)
@@ -229,7 +246,10 @@ def test_a_slot_that_is_used_again_shows_nothing_of_what_was_in_it(tiny: Tiny) -
 
 def test_a_sequence_goes_on_elsewhere_from_the_tokens_already_sent(tiny: Tiny) -> None:
     """Greedy and sampled: the second engine gives what the first would have given."""
-    for params in (greedy(40), SamplingParams(max_tokens=40, temperature=0.9, top_p=0.9, seed=11, ignore_eos=True)):
+    for params in (
+        greedy(40),
+        SamplingParams(max_tokens=40, temperature=0.9, top_p=0.9, seed=11, ignore_eos=True),
+    ):
         work = Submit(request_id="a", prompt=(7, 8, 9), sampling=params, adapter=tiny.adapters[5].ref)
         whole = Driver(new_engine(tiny.folder, tiny.manifest), tiny.adapters)
         whole.submit(work)
@@ -273,7 +293,9 @@ def test_an_end_token_ends_the_answer_and_is_not_part_of_it(tiny: Tiny) -> None:
         (Submit(request_id="a", prompt=(10**6,), sampling=greedy(1)), "invalid_request"),
     ],
 )
-def test_a_sequence_that_can_not_run_is_refused_and_the_engine_goes_on(tiny: Tiny, work: Submit, code: str) -> None:
+def test_a_sequence_that_can_not_run_is_refused_and_the_engine_goes_on(
+    tiny: Tiny, work: Submit, code: str
+) -> None:
     driver = Driver(new_engine(tiny.folder, tiny.manifest), tiny.adapters)
     driver.submit(work)
     driver.step()
@@ -299,7 +321,14 @@ def test_other_architectures_answer_as_peft_does(name: str, tmp_path: Path) -> N
     extra = {"fan_in_fan_out": True} if name == "gpt2" else {}
     adapters = [
         make_adapter(
-            model, manifest, tmp_path / f"a{seed}", seed, r=rank, lora_alpha=16, target_modules=target, **extra
+            model,
+            manifest,
+            tmp_path / f"a{seed}",
+            seed,
+            r=rank,
+            lora_alpha=16,
+            target_modules=target,
+            **extra,
         )
         for seed, (rank, target) in enumerate([(4, targets[0]), (16, targets[1])])
     ]

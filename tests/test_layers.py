@@ -1,4 +1,4 @@
-"""Imports point one way: errors, core, messages, config <- adapters_store <- runtime <- the rest; routers have no torch."""
+"""Imports point one way: ground <- adapters_store <- runtime <- the rest; routers have no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"tunefleet": "framework", "tunefleet.adapters_store": "adapters_store", "tunefleet.runtime": "runtime"}
+FOLDERS = {
+    "tunefleet": "framework",
+    "tunefleet.adapters_store": "adapters_store",
+    "tunefleet.runtime": "runtime",
+}
 GROUND = {"tunefleet.errors", "tunefleet.core", "tunefleet.messages", "tunefleet.config"}
 PURE = ("scheduler", "slots", "rows", "scaler", "placement", "sequence")
 

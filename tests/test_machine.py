@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from engine_kit import Adapter, Oracle, greedy, make_adapter, prepare_model, tiny_model
 
+from engine_kit import Adapter, Oracle, greedy, make_adapter, prepare_model, tiny_model
 from tunefleet.adapters_store.store import AdapterStore
 from tunefleet.config import Options, resolve
 from tunefleet.core import AdapterRef, FinishReason, Manifest
@@ -90,13 +90,17 @@ async def until(machine: Machine, condition: str) -> None:
     async with asyncio.timeout(60):
         while True:
             replicas = machine.replicas
-            idle = bool(replicas) and not any(replica.num_running + replica.num_waiting for replica in replicas)
+            idle = bool(replicas) and not any(
+                replica.num_running + replica.num_waiting for replica in replicas
+            )
             if {"zero": not replicas, "ready": bool(replicas), "idle": idle}[condition]:
                 return
             await machine.changed()
 
 
-def test_a_replica_starts_on_the_first_request_stops_when_idle_and_starts_again(world: World, tmp_path: Path) -> None:
+def test_a_replica_starts_on_the_first_request_stops_when_idle_and_starts_again(
+    world: World, tmp_path: Path
+) -> None:
     async def scenario() -> None:
         options = options_for(tmp_path, idle_timeout_s=0.3)
         async with router(world, options) as machine:
@@ -125,7 +129,9 @@ def test_an_adapter_comes_from_the_store_and_changes_the_answer(world: World, tm
         ref = await store_adapter(world, options)
         async with router(world, options) as machine:
             base, mine, again = await asyncio.gather(
-                answer(machine, ask("a")), answer(machine, ask("b", adapter=ref)), answer(machine, ask("c", adapter=ref))
+                answer(machine, ask("a")),
+                answer(machine, ask("b", adapter=ref)),
+                answer(machine, ask("c", adapter=ref)),
             )
             world.oracle.check(None, list(PROMPT), base)
             world.oracle.check(ref.digest, list(PROMPT), mine)
@@ -214,7 +220,9 @@ def test_a_killed_replica_loses_no_token(world: World, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_killed_host_process_comes_back_and_requests_are_held_meanwhile(world: World, tmp_path: Path) -> None:
+def test_a_killed_host_process_comes_back_and_requests_are_held_meanwhile(
+    world: World, tmp_path: Path
+) -> None:
     async def scenario() -> None:
         async with router(world, options_for(tmp_path)) as machine:
             whole = await answer(machine, ask("whole", LONG))

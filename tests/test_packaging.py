@@ -30,9 +30,13 @@ def test_every_dependency_has_a_tested_pin() -> None:
     pins = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     extras = PROJECT["project"]["optional-dependencies"]
     needed = [*PROJECT["project"]["dependencies"], *extras["serve"], *extras["dev"]]
-    names = {"".join(c if c.isalnum() or c in "-_" else " " for c in item).split()[0].lower() for item in needed}
+    names = {
+        "".join(c if c.isalnum() or c in "-_" else " " for c in item).split()[0].lower() for item in needed
+    }
     assert names <= pins
 
 
 def test_the_base_install_needs_no_torch() -> None:
-    assert not [item for item in PROJECT["project"]["dependencies"] if item.startswith(("torch", "transformers"))]
+    assert not [
+        item for item in PROJECT["project"]["dependencies"] if item.startswith(("torch", "transformers"))
+    ]

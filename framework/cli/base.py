@@ -27,12 +27,20 @@ def prepare(
 ) -> None:
     """Fetch and convert a base model, and check that the engine computes what transformers computes."""
     with needs_serve_extra():
-        from tunefleet.runtime.base import find_source, locate_base, prepared_folder, read_manifest, resolve_dtype
+        from tunefleet.runtime.base import (
+            find_source,
+            locate_base,
+            prepared_folder,
+            read_manifest,
+            resolve_dtype,
+        )
     options = config.resolve(
         flags={"base_model": base_model, "base_revision": revision, "dtype": dtype, "cache_dir": cache_dir}
     )
     if force:
-        shutil.rmtree(prepared_folder(options, find_source(options), resolve_dtype(options)), ignore_errors=True)
+        shutil.rmtree(
+            prepared_folder(options, find_source(options), resolve_dtype(options)), ignore_errors=True
+        )
     started = time.monotonic()
     folder = locate_base(options, progress=note)
     manifest = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""``tunefleet demo``: the main job from beginning to end, with a real model and three people's real adapters."""
+"""``tunefleet demo``: the main job from beginning to end, a real model and three people's real adapters."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class View(Protocol):
 def run_demo() -> None:
     """Ends by itself: exit code 0 when everything went as shown."""
     with needs_serve_extra():
-        import uvicorn as _  # before anything is downloaded: say at once if the install is the clients' only
+        import uvicorn  # noqa: F401 (before anything is downloaded: is this the clients' install only?)
     view: View = TerminalView() if sys.stdout.isatty() else LogView()
     asyncio.run(_demo(view))
 
@@ -110,7 +110,9 @@ async def _show(view: View, client: AsyncClient) -> None:
     view.headline(f"6. Nobody asks for {IDLE_TIMEOUT_S:g} s")
     _show_zero(view, await _wait_for_zero(client))
     fact = questions.facts[0]
-    view.headline(f"7. {fact.user} comes back, and asks what only {fact.user}'s model can know: {fact.question}")
+    view.headline(
+        f"7. {fact.user} comes back, and asks what only {fact.user}'s model can know: {fact.question}"
+    )
     _show_cold_start(view, (await _ask(view, client, fact.question, [fact.user]))[0])
 
 
@@ -140,7 +142,9 @@ def _show_batch(view: View, columns: list[Column]) -> None:
     batch_size = max(each.batch_size for each in served)
     if num_adapters < len(columns) - 1:
         raise ReplicaError(f"only {num_adapters} adapters ran in one batch; is this machine very busy?")
-    view.line(f"one batch: {num_adapters} adapters and the base, {batch_size} sequences in one step of one model")
+    view.line(
+        f"one batch: {num_adapters} adapters and the base, {batch_size} sequences in one step of one model"
+    )
 
 
 async def _wait_for_zero(client: AsyncClient) -> FleetStatus:
@@ -159,7 +163,9 @@ def _show_cold_start(view: View, column: Column) -> None:
     if column.served is None:
         raise ReplicaError("the answer ended without saying who gave it")
     stages = ", ".join(f"{stage} {seconds * 1000:.0f} ms" for stage, seconds in column.served.timing.items())
-    view.line(f"from zero to the first token in {column.first_token_s:.2f} s, a cold start of the {_cold(column)}")
+    view.line(
+        f"from zero to the first token in {column.first_token_s:.2f} s, a cold start of the {_cold(column)}"
+    )
     view.line(f"stages: {stages}")
 
 
@@ -185,7 +191,10 @@ async def _server(store: Path) -> AsyncIterator[AsyncClient]:
     command += ["--store-url", store.as_uri(), "--idle-timeout-s", str(IDLE_TIMEOUT_S)]
     environ = {name: value for name, value in os.environ.items() if name != "TUNEFLEET_ADMIN_KEY"}
     log = store / "server.log"
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environ) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, env=environ) as process,
+    ):
         try:
             async with AsyncClient(f"http://127.0.0.1:{port}", "none") as client:
                 await _wait_until_up(client, process, log)

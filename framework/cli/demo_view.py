@@ -60,12 +60,12 @@ def facts(column: Column) -> str:
     """Who answered, and how fast."""
     if column.served is None:
         return "..."
-    digest = column.served.adapter_digest[:12]
-    return f"{digest}, first token after {column.first_token_s:.2f} s, cold start: {column.served.cold_start.value}"
+    digest, cold = column.served.adapter_digest[:12], column.served.cold_start.value
+    return f"{digest}, first token after {column.first_token_s:.2f} s, cold start: {cold}"
 
 
 class _Growing:
-    """Renders anew from the columns at each refresh: side by side where they fit, else one below the other."""
+    """Renders anew at each refresh: side by side where they fit, else one below the other."""
 
     def __init__(self, columns: list[Column]) -> None:
         self._columns = columns

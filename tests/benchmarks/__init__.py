@@ -1,0 +1,1 @@
+"""``make bench``: figures of one quiet machine; ratios from one run, medians of several."""
