@@ -34,9 +34,10 @@ def probe(model: PreTrainedModel, manifest: Manifest, prepared: Path) -> float:
     try:
         recorder = _Recorder(load_model(prepared), manifest, max(map(len, prompts)) + DECODE_TOKENS + 1)
         answers = recorder.run(prompts)
-        worst = max(
+        differences = [
             _difference(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)
-        )
+        ]
+        worst = float(torch.tensor(differences).max())  # keeps a NaN, which Python's max loses
     except BaseModelError:
         raise
     except Exception as error:  # whatever an unknown architecture raises means the same: not served
