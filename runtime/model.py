@@ -35,7 +35,7 @@ def load_model(base_dir: Path) -> nn.Module:
         )
     try:
         _assign(model, base_dir)
-    except (OSError, SafetensorError) as error:
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise BaseModelError(
             f"the prepared base in {base_dir} is damaged ({error}); run `tunefleet base prepare --force`"
         ) from error
