@@ -85,6 +85,12 @@ class WakeFailed(Message, frozen=True):
     retry_after_s: float
 
 
+class Forgotten(Message, frozen=True):
+    """The copies in host and disk tier are gone; replicas drop theirs when no sequence uses it."""
+
+    digest: str
+
+
 class Status(Message, frozen=True):
     pid: int
     parked_pid: int
@@ -169,13 +175,19 @@ class FetchAdapter(Message, frozen=True):
     adapter: AdapterRef
 
 
+class AdapterMapped(Message, frozen=True):
+    """The file of AdapterReady is mapped, or was not wanted any more."""
+
+    digest: str
+
+
 # host process -> replica
 class Drain(Message, frozen=True):
     timeout_s: float
 
 
 class AdapterReady(Message, frozen=True):
-    """The prepared file of an adapter, safe to map until Evict."""
+    """The prepared file of an adapter, there until AdapterMapped."""
 
     digest: str
     path: str
@@ -230,10 +242,10 @@ class ParkFailed(Message, frozen=True):
 
 
 RouterToHost = Hello | Wake | Forget | StatusRequest
-HostToRouter = Welcome | Refused | Replicas | WakeFailed | Status
+HostToRouter = Welcome | Refused | Replicas | WakeFailed | Forgotten | Status
 RouterToReplica = Submit | Cancel
 ReplicaToRouter = Step | Rejected
-ReplicaToHost = ReplicaHello | ReplicaReady | ReplicaLoad | FetchAdapter
+ReplicaToHost = ReplicaHello | ReplicaReady | ReplicaLoad | FetchAdapter | AdapterMapped
 HostToReplica = Drain | AdapterReady | AdapterUnavailable | Evict
 HostToParked = Fork
 ParkedToHost = Parked | ParkFailed | Forked | Reaped

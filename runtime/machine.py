@@ -22,9 +22,11 @@ from tunefleet.errors import AdapterLoadFailed, CapacityError, ConfigError, Repl
 from tunefleet.messages import (
     Cancel,
     Forget,
+    Forgotten,
     Hello,
     HostOptions,
     HostToRouter,
+    Message,
     Progress,
     Refused,
     Rejected,
@@ -90,7 +92,7 @@ class Machine:
         self._log = self._state / "host.log"
         self._host: Connection[HostToRouter] | None = None
         self._welcome: asyncio.Future[Welcome] | None = None
-        self._status: list[asyncio.Future[Status]] = []
+        self._asked: dict[str, asyncio.Future[HostToRouter]] = {}  # what was asked -> its answer
         self._replicas: tuple[ReplicaInfo, ...] = ()
         self._changed = asyncio.Event()
         self._failed_wakes: dict[str, WakeFailed] = {}
@@ -112,7 +114,11 @@ class Machine:
         Raises:
             ConfigError: one runs for the same store and base with other options.
         """
-        await self._join()
+        try:
+            await self._join()
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         self._closing = True
@@ -134,17 +140,12 @@ class Machine:
         return time.monotonic() - started
 
     async def forget(self, digest: str) -> None:
-        await self._joined()
-        assert self._host is not None
-        self._host.send(Forget(digest=digest))
+        await self._ask(Forget(digest=digest), f"forget {digest}")
 
     async def status(self) -> Status:
-        await self._joined()
-        assert self._host is not None
-        future: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        self._status.append(future)
-        self._host.send(StatusRequest())
-        return await asyncio.wait_for(future, HOST_START_TIMEOUT_S)
+        status = await self._ask(StatusRequest(), "status")
+        assert isinstance(status, Status)
+        return status
 
     async def place(self, request_id: str, digest: str | None) -> ReplicaInfo:
         """A READY replica, waking one if there is none.
@@ -189,6 +190,29 @@ class Machine:
                     code="replica_start_failed",
                     retry_after_s=failed.retry_after_s,
                 )
+
+    async def _ask(self, message: Message, question: str) -> HostToRouter:
+        """The host process's answer; those who ask the same at once share it."""
+        await self._joined()
+        future = self._asked.get(question)
+        if future is None:
+            assert self._host is not None
+            future = self._asked[question] = asyncio.get_running_loop().create_future()
+            self._host.send(message)
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), HOST_START_TIMEOUT_S)
+        except (TimeoutError, EOFError) as error:
+            raise ReplicaError(
+                "the host process gave no answer; try again", code="host_unavailable"
+            ) from error
+        finally:
+            if self._asked.get(question) is future:
+                del self._asked[question]
+
+    def _answered(self, question: str, message: HostToRouter) -> None:
+        future = self._asked.pop(question, None)
+        if future is not None and not future.done():
+            future.set_result(message)
 
     def _notify(self) -> None:
         """Wakes everyone who waits for a change."""
@@ -261,16 +285,17 @@ class Machine:
             case WakeFailed():
                 self._failed_wakes[message.request_id] = message
             case Status():
-                for future in self._status:
-                    if not future.done():
-                        future.set_result(message)
-                self._status.clear()
+                self._answered("status", message)
+            case Forgotten():
+                self._answered(f"forget {message.digest}", message)
         self._notify()
 
     def _on_host_gone(self, host: Connection[HostToRouter]) -> None:
         if self._welcome is not None and not self._welcome.done():
             self._welcome.set_exception(EOFError("the host process closed the connection"))
         elif host is self._host and not self._closing:
+            for question in list(self._asked):
+                self._asked.pop(question).set_exception(EOFError("the host process is gone"))
             self._replicas = ()
             self._joining = asyncio.get_running_loop().create_task(self._rejoin())
             self._notify()

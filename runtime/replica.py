@@ -20,6 +20,7 @@ from torch import nn
 
 from tunefleet.core import Manifest
 from tunefleet.messages import (
+    AdapterMapped,
     AdapterReady,
     AdapterUnavailable,
     Cancel,
@@ -163,7 +164,7 @@ class ReplicaProcess:
             self._load, self._load_sent_at = load, now
             self._tell_host(load)
 
-    def _tell_host(self, message: ReplicaLoad | FetchAdapter) -> None:
+    def _tell_host(self, message: ReplicaLoad | FetchAdapter | AdapterMapped) -> None:
         assert self._host is not None
         self._host.send(message)
 
@@ -191,6 +192,7 @@ class ReplicaProcess:
             case AdapterReady():
                 path = Path(message.path)
                 self._engine.adapter_loaded(message.digest, path, message.download_s, message.load_s)
+                self._tell_host(AdapterMapped(digest=message.digest))
             case AdapterUnavailable():
                 self._engine.adapter_failed(
                     message.digest, message.message, message.code, message.retry_after_s
