@@ -22,8 +22,9 @@ import msgspec
 from tunefleet import config
 from tunefleet.answers import FleetStatus, Served
 from tunefleet.cli.demo_view import LogView, TerminalView
+from tunefleet.cli.output import note
 from tunefleet.client import AsyncClient
-from tunefleet.errors import ReplicaError
+from tunefleet.errors import ReplicaError, TunefleetError
 from tunefleet.fleet import needs_serve_extra
 
 IDLE_TIMEOUT_S = 3.0
@@ -197,21 +198,24 @@ async def _server(store: Path) -> AsyncIterator[AsyncClient]:
     ):
         try:
             async with AsyncClient(f"http://127.0.0.1:{port}", "none") as client:
-                await _wait_until_up(client, process, log)
+                await _wait_until_up(client, process)
                 yield client
+        except TunefleetError:
+            note(f"the server's log:\n{log.read_text()}")
+            raise
         finally:
             process.send_signal(signal.SIGTERM)
             await asyncio.to_thread(process.wait)
 
 
-async def _wait_until_up(client: AsyncClient, process: subprocess.Popen[bytes], log: Path) -> None:
+async def _wait_until_up(client: AsyncClient, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
             await client.status()
         except ReplicaError:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise ReplicaError(f"the server did not come up:\n{log.read_text()}") from None
+                raise ReplicaError("the server did not come up") from None
             await asyncio.sleep(0.05)
         else:
             return
