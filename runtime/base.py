@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ import msgspec
 
 from tunefleet.config import Options
 from tunefleet.core import Manifest
-from tunefleet.errors import BaseModelError
+from tunefleet.errors import BaseModelError, ConfigError
 
 QUICKSTART = "quickstart"
 MANIFEST_FILE = "manifest.json"
@@ -98,7 +99,7 @@ def resolve_dtype(options: Options) -> str:
     """The dtype that ``auto`` stands for: bfloat16 where the device multiplies it natively, else float32."""
     if options.dtype != "auto":
         return options.dtype
-    if resolve_devices(options) != ("cpu",):
+    if resolve_devices(options)[0] != "cpu":
         return "bfloat16"
     flags = _cpu_flags()
     return "bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32"
@@ -113,9 +114,14 @@ def resolve_devices(options: Options) -> tuple[str, ...]:
         return listed or ("cpu",)
     if options.devices == "cuda":
         return listed or ("cuda:0",)
-    first, *rest = [item.strip() for item in options.devices.split(",")]
-    prefix = first.partition(":")[0]
-    return (first, *(item if ":" in item else f"{prefix}:{item}" for item in rest))
+    items = [item.strip() for item in options.devices.split(",")]
+    kind = items[0].partition(":")[0]
+    devices = tuple(f"{kind}:{item}" if item.isdigit() else item for item in items)
+    if not all(re.fullmatch(r"cpu|cuda(:\d+)?", device) for device in devices):
+        raise ConfigError(
+            f"devices must be auto, cpu, cuda, or like cuda:0,1; not {options.devices!r}", param="devices"
+        )
+    return devices
 
 
 def prepare_in_process(

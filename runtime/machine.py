@@ -95,7 +95,7 @@ class Machine:
         self._asked: dict[str, asyncio.Future[HostToRouter]] = {}  # what was asked -> its answer
         self._replicas: tuple[ReplicaInfo, ...] = ()
         self._changed = asyncio.Event()
-        self._failed_wakes: dict[str, WakeFailed] = {}
+        self._waking: dict[str, WakeFailed | None] = {}  # requests that wait for a replica
         self._channels: dict[str, asyncio.Future[Channel]] = {}
         self._closing = False
         self._joining: asyncio.Task[None] | None = None
@@ -156,6 +156,7 @@ class Machine:
         timeout_s = self._options.cold_start_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
+                self._waking[request_id] = None
                 return await self._place(request_id, digest)
         except TimeoutError:
             raise CapacityError(
@@ -163,6 +164,8 @@ class Machine:
                 code="cold_start_timeout",
                 retry_after_s=5.0,
             ) from None
+        finally:
+            self._waking.pop(request_id, None)
 
     async def channel(self, replica: ReplicaInfo) -> Channel:
         """The connection to a replica, one per replica however many ask."""
@@ -173,17 +176,15 @@ class Machine:
         return await asyncio.shield(future)
 
     async def _place(self, request_id: str, digest: str | None) -> ReplicaInfo:
-        asked_on: object = None
         while True:
             await self._joined()
             replica = choose(self._replicas, digest)
             if replica is not None:
                 return replica
-            if asked_on is not self._host and self._host is not None:
-                asked_on = self._host
-                self._host.send(Wake(request_id=request_id))
+            if self._host is not None:
+                self._host.send(Wake(request_id=request_id))  # each time: one that was ready may be gone
             await self.changed()
-            failed = self._failed_wakes.pop(request_id, None)
+            failed = self._waking[request_id]
             if failed is not None:
                 raise CapacityError(
                     f"no replica could be started: {failed.message}",
@@ -283,7 +284,8 @@ class Machine:
             case Replicas():
                 self._replicas = message.replicas
             case WakeFailed():
-                self._failed_wakes[message.request_id] = message
+                if message.request_id in self._waking:
+                    self._waking[message.request_id] = message
             case Status():
                 self._answered("status", message)
             case Forgotten():
