@@ -17,8 +17,10 @@ from typing import BinaryIO
 from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES
 from tunefleet.adapters_store.strict_json import shown
 from tunefleet.adapters_store.tar_stream import CHUNK_BYTES, MAX_MEMBERS, TarInvalid, read_members
-from tunefleet.adapters_store.validation import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, refused_pickle
+from tunefleet.adapters_store.validation import PICKLE_FILES, refused_pickle
+from tunefleet.core import CONFIG_FILE, WEIGHTS_FILE
 from tunefleet.errors import AdapterInvalid, StoreError
+from tunefleet.uploads import create_file, write_all
 
 MAX_DIRECTORY_BYTES = 1024 * 1024  # of a zip: it is parsed as a whole
 
@@ -91,12 +93,12 @@ class _Target:
     def write(self, file: str, chunks: Iterator[bytes]) -> None:
         limit = MAX_CONFIG_BYTES if file == CONFIG_FILE else self._max_bytes
         written = 0
-        with _created(self._into / file) as out:
+        with create_file(self._into / file) as out:
             for chunk in self._counted(chunks):
                 written += len(chunk)
                 if written > limit:
                     raise _too_large(file, limit)
-                _write(out, chunk)
+                write_all(out, chunk)
 
     def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Passes chunks on while the sum of everything unpacked stays below the limit."""
@@ -124,22 +126,6 @@ class _Target:
         folders = {path.rpartition("/")[0] for path in self._found.values()}
         if len(folders) != 1:
             raise _invalid(f"{CONFIG_FILE} and {WEIGHTS_FILE} are not in the same folder")
-
-
-def _created(path: Path) -> BinaryIO:
-    try:
-        return path.open("xb")
-    except OSError as error:
-        raise StoreError(f"the upload can't be unpacked: {error.strerror}") from error
-
-
-def _write(out: BinaryIO, chunk: bytes) -> None:
-    """Apart from reading: a full disk is our trouble, bytes that don't decompress are the sender's."""
-    try:
-        out.write(chunk)
-        out.flush()
-    except OSError as error:
-        raise StoreError(f"the upload can't be unpacked: {error.strerror}") from error
 
 
 def _unpack_tar(stream: BinaryIO | gzip.GzipFile, target: _Target) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tunefleet.adapters_store.tensors import Float32Array, TensorFile, read_tensors
-from tunefleet.adapters_store.validation import WEIGHTS_FILE, CheckedAdapter
+from tunefleet.adapters_store.validation import CheckedAdapter
+from tunefleet.core import WEIGHTS_FILE
 from tunefleet.errors import AdapterInvalid
 
 PreparedDtype = Literal["float32", "bfloat16", "float16"]

@@ -25,15 +25,8 @@ from tunefleet.adapters_store.byte_budget import ByteBudget
 from tunefleet.adapters_store.objects import ObjectStore, download
 from tunefleet.adapters_store.prepare import PreparedDtype, prepare_adapter, prepared_bytes
 from tunefleet.adapters_store.threads import Runner
-from tunefleet.adapters_store.validation import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    CheckedAdapter,
-    Identity,
-    check_tensors,
-    identify,
-)
-from tunefleet.core import AdapterRef, Manifest
+from tunefleet.adapters_store.validation import CheckedAdapter, Identity, check_tensors, identify
+from tunefleet.core import ADAPTER_FILES, AdapterRef, Manifest
 from tunefleet.errors import AdapterInvalid, AdapterLoadFailed, InvalidState, StoreError
 
 RETRY_AFTER_S = 1.0  # a failure is remembered this long, so that a crowd asks the store once
@@ -166,11 +159,7 @@ class Tiers:
         self._host_dir.mkdir(mode=0o700, parents=True)
         copies = [path for path in self._disk_dir.iterdir() if _DIGEST.fullmatch(path.name)]
         for path in sorted(copies, key=lambda path: path.stat().st_mtime):
-            size = sum(
-                (path / file).stat().st_size
-                for file in (CONFIG_FILE, WEIGHTS_FILE)
-                if (path / file).is_file()
-            )
+            size = sum((path / file).stat().st_size for file in ADAPTER_FILES if (path / file).is_file())
             victims = self._disk.victims(size, self._is_moving)
             if victims is None:
                 shutil.rmtree(path, ignore_errors=True)
@@ -301,7 +290,7 @@ class Tiers:
         incoming = self._incoming / uuid.uuid4().hex
         incoming.mkdir(mode=0o700)
         try:
-            for file in (CONFIG_FILE, WEIGHTS_FILE):
+            for file in ADAPTER_FILES:
                 download(self._objects, f"{ref.key}/{file}", incoming / file, max_bytes=ref.size_bytes)
             target = self._disk_path(ref.digest)
             shutil.rmtree(target, ignore_errors=True)

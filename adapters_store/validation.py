@@ -16,11 +16,9 @@ from tunefleet.adapters_store.digest import adapter_digest, file_sha256
 from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES, LoraConfig, matches, parse_lora_config
 from tunefleet.adapters_store.strict_json import shown
 from tunefleet.adapters_store.tensors import TensorEntry, TensorFile, read_tensors
-from tunefleet.core import LinearSpec, Manifest
+from tunefleet.core import CONFIG_FILE, WEIGHTS_FILE, LinearSpec, Manifest
 from tunefleet.errors import AdapterInvalid
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")
 
 MAX_WEIGHT_CHANGE = 1e6

@@ -13,6 +13,7 @@ import msgspec
 from tunefleet.answers import Answer, Chunk, FleetStatus, Served, Warm
 from tunefleet.asking import Asking, ChatMessages, parameters
 from tunefleet.core import (
+    ADAPTER_FILES,
     DEFAULT_ADAPTER,
     FinishReason,
     Usage,
@@ -35,8 +36,6 @@ from tunefleet.errors import (
 )
 
 T = TypeVar("T")
-
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ def push(
     metadata: Mapping[str, object] | None = None,
 ) -> Call[Version]:
     upload, url = Path(path), _adapter(user_id, name)
-    missing = [file for file in FILES if not (upload / file).is_file()] if upload.is_dir() else []
+    missing = [file for file in ADAPTER_FILES if not (upload / file).is_file()] if upload.is_dir() else []
     if missing or not upload.exists():
         what = f"no {missing[0]} in {upload}" if missing else f"there is no {upload}"
         raise AdapterInvalid(f"{what}: give a PEFT folder, or a tar or zip of one", code="missing_file")

@@ -16,7 +16,7 @@ from tunefleet import __version__, calls, config
 from tunefleet.answers import Answer, Chunk, FleetStatus, Warm
 from tunefleet.asking import Asking, ChatMessages
 from tunefleet.calls import Call
-from tunefleet.core import DEFAULT_ADAPTER, User, Version
+from tunefleet.core import ADAPTER_FILES, DEFAULT_ADAPTER, User, Version
 from tunefleet.errors import AdapterInvalid, ReplicaError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -279,7 +279,9 @@ def _upload(call: Call[T]) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         try:
             if call.upload.is_dir():
-                opened = {file: stack.enter_context((call.upload / file).open("rb")) for file in calls.FILES}
+                opened = {
+                    file: stack.enter_context((call.upload / file).open("rb")) for file in ADAPTER_FILES
+                }
                 yield {"files": {file: (file, stream) for file, stream in opened.items()}}
             else:
                 yield {"content": stack.enter_context(call.upload.open("rb"))}

@@ -12,6 +12,11 @@ from tunefleet.errors import RequestInvalid
 DEFAULT_TENANT = "default"
 DEFAULT_ADAPTER = "default"
 
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)  # an adapter, as PEFT saves it
+MAX_METADATA_BYTES = 4096  # of what is kept with an upload, as JSON
+
 _USER_ID = re.compile(r"[A-Za-z0-9._~@:+=|\-]{1,128}")
 _ADAPTER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 

@@ -20,9 +20,8 @@ from starlette.types import ASGIApp
 from adapter_factory import make_adapter, make_manifest
 from tunefleet.adapters_store.store import AdapterStore
 from tunefleet.auth import Authenticate, anyone
-from tunefleet.calls import FILES
 from tunefleet.config import resolve
-from tunefleet.core import Manifest
+from tunefleet.core import ADAPTER_FILES, Manifest
 from tunefleet.fleet import Fleet, FleetParts
 from tunefleet.http.app import create_app
 from tunefleet.messages import Submit
@@ -119,8 +118,21 @@ def upload(
 ) -> httpx2.Response:
     """Uploads a PEFT folder as multipart parts."""
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((path / name).open("rb")) for name in FILES}
+        files = {name: stack.enter_context((path / name).open("rb")) for name in ADAPTER_FILES}
         return client.put(url, files=files, **more)
+
+
+def code(response: httpx2.Response) -> tuple[int, str]:
+    """Status and code of a refusal, whose shape is checked."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error["code"]
+
+
+def staged(kit: Kit) -> list[Path]:
+    """What uploads have left on their way; nothing, once they are answered."""
+    staging = Path(kit.options.cache_dir) / "staging"
+    return list(staging.iterdir()) if staging.exists() else []
 
 
 def ask(client: TestClient, user_id: str | None = None, **more: Any) -> httpx2.Response:

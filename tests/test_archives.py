@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_factory import make_adapter, make_manifest
+from faults import no_file_above
 from tunefleet.adapters_store.archives import unpack
 from tunefleet.adapters_store.tar_stream import MAX_MEMBERS
 from tunefleet.errors import AdapterInvalid, StoreError
@@ -272,6 +273,13 @@ def test_a_target_that_is_in_the_way_is_our_trouble_not_the_senders(tmp_path: Pa
     (tmp_path / "archive").write_bytes(tar_of(PAIR))
     with pytest.raises(StoreError):
         unpack(tmp_path / "archive", tmp_path / "none", LIMIT)
+
+
+def test_a_full_disk_is_our_trouble_not_the_senders(tmp_path: Path, make: Make) -> None:
+    (tmp_path / "archive").write_bytes(make({CONFIG: b"{}" * 50, WEIGHTS: os.urandom(5000)}))
+    (tmp_path / "into").mkdir()
+    with no_file_above(50), pytest.raises(StoreError, match="File too large"):
+        unpack(tmp_path / "archive", tmp_path / "into", LIMIT)
 
 
 SEEDS = [maker({f"a/{name}": content for name, content in PAIR.items()}) for maker in MAKERS.values()]

@@ -17,9 +17,9 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
-from router_kit import Kit, api, ask, serving, upload
+from router_kit import Kit, api, ask, code, serving, staged, upload
 from tunefleet.auth import anyone
-from tunefleet.calls import FILES
+from tunefleet.core import ADAPTER_FILES
 from tunefleet.http.app import create_app
 
 URL = "/v1/users/alice/adapter"
@@ -34,16 +34,11 @@ def kit(tmp_path: Path) -> Kit:
 def client(kit: Kit) -> Iterator[TestClient]:
     with api(kit) as client:
         yield client
-        staging = Path(kit.options.cache_dir) / "staging"
-        assert not staging.exists() or list(staging.iterdir()) == []
-
-
-def code(response: httpx2.Response) -> tuple[int, str]:
-    return response.status_code, response.json()["error"]["code"]
+        assert staged(kit) == []
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in FILES}
+    return {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
 
 
 def tar_of(folder: Path, mode: Any = "w") -> bytes:
@@ -56,7 +51,7 @@ def tar_of(folder: Path, mode: Any = "w") -> bytes:
 def zip_of(folder: Path) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for name in FILES:
+        for name in ADAPTER_FILES:
             archive.write(folder / name, name)
     return packed.getvalue()
 
@@ -186,12 +181,12 @@ def part(name: str, content: bytes, file: str | None = None) -> tuple[str, bytes
 def test_a_parts_file_name_means_nothing(kit: Kit, client: TestClient) -> None:
     files = contents(kit.adapter())
     names = ("../../../x", "/etc/passwd\x00")
-    parts = [part(name, files[name], file) for name, file in zip(FILES, names, strict=True)]
+    parts = [part(name, files[name], file) for name, file in zip(ADAPTER_FILES, names, strict=True)]
     assert client.put(URL, **multipart(*parts)).status_code == 201
 
 
 def bad_multiparts(files: dict[str, bytes]) -> dict[str, dict[str, Any]]:
-    config, weights = (part(name, files[name], name) for name in FILES)
+    config, weights = (part(name, files[name], name) for name in ADAPTER_FILES)
     return {
         "no end": multipart(config, weights, end=""),
         "cut": multipart(config, (weights[0], weights[1][:50]), end=""),
@@ -208,7 +203,7 @@ def bad_multiparts(files: dict[str, bytes]) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("name", sorted(bad_multiparts(dict.fromkeys(FILES, b""))))
+@pytest.mark.parametrize("name", sorted(bad_multiparts(dict.fromkeys(ADAPTER_FILES, b""))))
 def test_a_wrongly_framed_upload_is_a_clear_400(kit: Kit, client: TestClient, name: str) -> None:
     response = client.put(URL, **bad_multiparts(contents(kit.adapter()))[name])
     assert code(response)[0] == 400, response.text
@@ -224,13 +219,13 @@ def test_what_is_no_adapter_is_refused(client: TestClient, body: bytes, status: 
 
 
 def test_a_missing_file_is_named(kit: Kit, client: TestClient) -> None:
-    response = client.put(URL, files={FILES[0]: contents(kit.adapter())[FILES[0]]})
-    assert (code(response), response.json()["error"]["param"]) == ((422, "missing_file"), FILES[1])
+    response = client.put(URL, files={ADAPTER_FILES[0]: contents(kit.adapter())[ADAPTER_FILES[0]]})
+    assert (code(response), response.json()["error"]["param"]) == ((422, "missing_file"), ADAPTER_FILES[1])
 
 
 def test_a_hostile_adapter_says_what_is_wrong_and_leaves_nothing(kit: Kit, client: TestClient) -> None:
     files = contents(kit.adapter())
-    response = client.put(URL, files={**files, FILES[1]: files[FILES[1]][:-1]})
+    response = client.put(URL, files={**files, ADAPTER_FILES[1]: files[ADAPTER_FILES[1]][:-1]})
     assert response.status_code == 422
     assert client.get("/v1/users").json()["data"] == []
 
@@ -270,7 +265,7 @@ def test_a_connection_that_breaks_leaves_nothing_behind(kit: Kit) -> None:
                 connection.sendall(head.encode() + body[:part_of])
         with httpx2.Client(base_url=url) as client:
             assert client.get("/v1/users").json()["data"] == []
-    assert list((Path(kit.options.cache_dir) / "staging").iterdir()) == []
+    assert staged(kit) == []
 
 
 def test_a_refused_upload_tells_a_client_that_is_still_sending(kit: Kit) -> None:

@@ -102,6 +102,16 @@ def test_the_access_log_has_a_line_per_request(tmp_path: Path, caplog: pytest.Lo
     assert lines[0].endswith(" r1")
 
 
+def test_a_path_never_makes_a_line_of_the_access_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tunefleet.access")
+    with api(Kit(tmp_path, access_log=True)) as client:
+        client.get("/v1/users/a%0D%0AGET%20/forged%20200/adapter")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "tunefleet.access"]
+    assert line.startswith("GET /v1/users/a%0D%0AGET%20/forged%20200/adapter 404 ")
+
+
 def test_pages_of_allowed_origins_may_read_our_headers(tmp_path: Path) -> None:
     with api(Kit(tmp_path, cors_origins=("https://app.example",))) as client:
         answered = ask(client, headers={"Origin": "https://app.example"})

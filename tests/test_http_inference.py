@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
-from router_kit import HELLO, Kit, api, ask, serving, upload
+from router_kit import HELLO, Kit, api, ask, code, serving, upload
 from tunefleet.auth import anyone
 from tunefleet.errors import (
     AdapterLoadFailed,
@@ -46,10 +46,6 @@ def events(text: str) -> list[Any]:
     assert all(block.startswith("data: ") for block in blocks)
     assert blocks.pop() == "data: [DONE]"
     return [json.loads(block.removeprefix("data: ")) for block in blocks]
-
-
-def code(response: httpx2.Response) -> tuple[int, str]:
-    return response.status_code, response.json()["error"]["code"]
 
 
 def test_a_chat_has_openais_shape_and_our_headers(kit: Kit, client: TestClient) -> None:

@@ -16,12 +16,12 @@ from tunefleet.adapters_store.catalog import Catalog
 from tunefleet.adapters_store.objects import MemoryStore, StoredObject
 from tunefleet.adapters_store.store import AdapterStore, check_metadata
 from tunefleet.config import Options
+from tunefleet.core import ADAPTER_FILES
 from tunefleet.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, RequestInvalid, StoreError
 
 pytestmark = pytest.mark.anyio
 
 MANIFEST = make_manifest()
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ async def test_a_push_answers_as_the_contract_says_and_is_live_at_once(tmp_path:
         assert version == await store.version("alice", 1)
         ref, number, fallback = await store.resolve("alice")
         assert (ref.digest, number, fallback) == (version.digest, 1, None)
-        assert keys(store) == [f"{ref.key}/{file}" for file in FILES]
+        assert keys(store) == [f"{ref.key}/{file}" for file in ADAPTER_FILES]
 
 
 async def test_the_same_bytes_again_change_nothing(tmp_path: Path) -> None:
@@ -177,19 +177,19 @@ async def test_a_catalog_that_fails_leaves_no_objects(tmp_path: Path) -> None:
 
 async def test_an_upload_of_exactly_the_limit_is_taken_one_byte_more_is_not(tmp_path: Path) -> None:
     folder = adapter(tmp_path)
-    size = (folder / FILES[1]).stat().st_size
+    size = (folder / ADAPTER_FILES[1]).stat().st_size
     async with opened(tmp_path, max_upload_bytes=size) as store:
         assert (await store.push("alice", folder)).created
     async with opened(tmp_path, max_upload_bytes=size - 1) as store:
         with pytest.raises(AdapterInvalid, match=f"larger than {size - 1} bytes") as refusal:
             await store.push("bob", folder)
-        assert (refusal.value.code, refusal.value.param) == ("adapter_too_large", FILES[1])
+        assert (refusal.value.code, refusal.value.param) == ("adapter_too_large", ADAPTER_FILES[1])
 
 
 async def test_a_sparse_giant_is_refused_without_reading_it_all(tmp_path: Path) -> None:
     folder = adapter(tmp_path)
-    os.truncate(folder / FILES[1], 2**40)
-    os.truncate(folder / FILES[0], 2**40)
+    os.truncate(folder / ADAPTER_FILES[1], 2**40)
+    os.truncate(folder / ADAPTER_FILES[0], 2**40)
     async with opened(tmp_path) as store:
         with pytest.raises(AdapterInvalid) as refusal:
             await store.push("alice", folder)
@@ -297,14 +297,14 @@ async def test_an_acknowledged_push_survives_a_kill(tmp_path: Path) -> None:
     for number, digest in acknowledged:
         assert (await store.version("alice", int(number))).digest == digest.decode()
     for version in await store.versions("alice"):  # whatever is visible is whole
-        for file in FILES:
+        for file in ADAPTER_FILES:
             stored = await store.open_file("alice", version.version, file)
             assert sum([len(chunk) async for chunk in stored]) == stored.size_bytes
     assert (await store.resolve("alice")).version >= len(acknowledged)
     await store.close()
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", ADAPTER_FILES)
 async def test_files_come_back_byte_for_byte(tmp_path: Path, file: str) -> None:
     folder = adapter(tmp_path)
     async with opened(tmp_path) as store:
@@ -318,7 +318,7 @@ async def test_files_come_back_byte_for_byte(tmp_path: Path, file: str) -> None:
 async def test_a_file_opened_and_not_read_is_closed(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         await store.push("alice", adapter(tmp_path))
-        await (await store.open_file("alice", 1, FILES[0])).aclose()
+        await (await store.open_file("alice", 1, ADAPTER_FILES[0])).aclose()
         with pytest.raises(AdapterNotFound) as refusal:
             await store.open_file("alice", 1, "../../catalog.db")
         assert refusal.value.code == "file_not_found"
@@ -327,7 +327,7 @@ async def test_a_file_opened_and_not_read_is_closed(tmp_path: Path) -> None:
 async def test_a_stored_file_that_changed_never_comes_back_whole(tmp_path: Path) -> None:
     async with opened(tmp_path, LyingStore()) as store:
         await store.push("alice", adapter(tmp_path))
-        stored = await store.open_file("alice", 1, FILES[1])
+        stored = await store.open_file("alice", 1, ADAPTER_FILES[1])
         received = b""
 
         async def receive() -> None:
@@ -391,7 +391,7 @@ async def test_a_user_id_that_is_not_allowed_is_refused_everywhere(tmp_path: Pat
             lambda: store.version(user_id, 1),
             lambda: store.user(user_id),
             lambda: store.promote(user_id, 1),
-            lambda: store.open_file(user_id, 1, FILES[0]),
+            lambda: store.open_file(user_id, 1, ADAPTER_FILES[0]),
         ]
         for call in calls:
             with pytest.raises(RequestInvalid) as refusal:

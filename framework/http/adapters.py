@@ -13,8 +13,8 @@ from tunefleet.auth import Caller
 from tunefleet.core import DEFAULT_ADAPTER, User
 from tunefleet.errors import RequestInvalid
 from tunefleet.http.bodies import JSON, flag, integer, listed, page_of, read_json
-from tunefleet.http.receive import receive
-from tunefleet.openai_api import convert, parse_json
+from tunefleet.http.receive import parse_metadata, receive
+from tunefleet.openai_api import convert
 from tunefleet.uploads import upload_folder
 
 if TYPE_CHECKING:
@@ -113,14 +113,7 @@ def _name(request: Request) -> str:
 
 def _metadata_header(request: Request) -> dict[str, object] | None:
     header = request.headers.get("x-adapter-metadata")
-    if header is None:
-        return None
-    try:
-        return parse_json(header.encode("latin-1"))
-    except RequestInvalid as error:
-        raise RequestInvalid(
-            "X-Adapter-Metadata must be a JSON object", code="invalid_metadata", param="X-Adapter-Metadata"
-        ) from error
+    return None if header is None else parse_metadata(header.encode("latin-1"), "X-Adapter-Metadata")
 
 
 async def _chunks(stored: StoredFile) -> AsyncIterator[bytes]:

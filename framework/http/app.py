@@ -16,6 +16,7 @@ from starlette.routing import Route
 from tunefleet.auth import Authenticate, Caller
 from tunefleet.errors import AuthError, TunefleetError
 from tunefleet.http import adapters, inference, status
+from tunefleet.http.bodies import IDLE_S
 from tunefleet.http.boundary import Boundary
 from tunefleet.http.errors import on_http_exception, on_tunefleet_error
 
@@ -58,8 +59,14 @@ def create_app(
     *,
     with_lifespan: bool = False,
     patience_s: float = inference.PATIENCE_S,
+    idle_s: float = IDLE_S,
 ) -> Starlette:
-    """The app over a fleet. Mounted, the app around it opens the fleet; standalone, its own lifespan."""
+    """The app over a fleet. Mounted, the app around it opens the fleet; standalone, its own lifespan.
+
+    Args:
+        patience_s: longest time that a stream's client sees nothing before the first token.
+        idle_s: longest time that a client may send nothing of a body it has begun.
+    """
     app = Starlette(
         routes=_routes(fleet, authenticate),
         middleware=_middleware(fleet),
@@ -68,6 +75,7 @@ def create_app(
     )
     app.router.redirect_slashes = False
     app.state.patience_s = patience_s
+    app.state.idle_s = idle_s
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 import msgspec
@@ -13,6 +14,7 @@ from tunefleet.openai_api import parse_json
 
 MAX_JSON_BYTES = 4 * 1024 * 1024
 MAX_PAGE = 500
+IDLE_S = 60.0  # a client that sends nothing of its body for so long has gone
 
 
 class JSON(Response):
@@ -25,12 +27,16 @@ class JSON(Response):
 
 
 async def bounded(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
-    """The body's chunks; RequestInvalid (``body_too_large``) as soon as they are too many."""
+    """The body's chunks, as they come.
+
+    Raises:
+        RequestInvalid: ``body_too_large`` as soon as it is, ``body_too_slow`` if nothing comes.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
     size = 0
-    async for chunk in request.stream():
+    async for chunk in _alive(request):
         size += len(chunk)
         if size > max_bytes:
             raise _too_large(max_bytes)
@@ -80,6 +86,22 @@ def flag(values: Mapping[str, str], name: str, *, default: bool) -> bool:
     if text not in {"true", "false"}:
         raise RequestInvalid(f"{name} must be true or false", param=name)
     return text == "true"
+
+
+async def _alive(request: Request) -> AsyncIterator[bytes]:
+    chunks = aiter(request.stream())
+    idle_s: float = request.app.state.idle_s
+    while True:
+        try:
+            async with asyncio.timeout(idle_s):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise RequestInvalid(
+                f"nothing of the body came for {idle_s:g} s", code="body_too_slow"
+            ) from error
+        yield chunk
 
 
 def _too_large(max_bytes: int) -> RequestInvalid:

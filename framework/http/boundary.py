@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
@@ -83,7 +84,7 @@ class _Answer:
         _access_log.info(
             "%s %s %s %.0f ms %s",
             scope["method"],
-            scope["path"],
+            quote(scope["path"], safe="/:@+=|~"),  # decoded, it may hold line ends
             self.status or "disconnected",
             elapsed_ms,
             self._request_id,
@@ -92,5 +93,5 @@ class _Answer:
 
 def _hides_a_slash(scope: Scope) -> bool:
     """Servers decode paths: ``/v1/users/a%2Fadapter`` would arrive as user ``a``'s."""
-    _, found, rest = scope.get("raw_path", b"").partition(b"/v1/users/")
+    _, found, rest = (scope.get("raw_path") or b"").partition(b"/v1/users/")
     return bool(found) and b"%2f" in rest.lower()

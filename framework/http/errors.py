@@ -43,13 +43,13 @@ _STATUS_OF_CLASS: dict[type[TunefleetError], int] = {
 _STATUS_OF_CODE = {
     "adapter_too_large": 413,
     "body_too_large": 413,
+    "body_too_slow": 408,
     "forbidden": 403,
     "invalid_adapter_name": 422,
     "invalid_user_id": 422,
     "queue_full": 429,
     "replica_lost": 503,
     "unsupported_media_type": 415,
-    "upload_too_slow": 408,
 }
 _TYPE_OF_STATUS = {
     401: "authentication_error",

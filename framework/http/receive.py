@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import binascii
 import contextlib
 import hashlib
+import io
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
@@ -18,17 +20,15 @@ from starlette.requests import Request
 
 from tunefleet import uploads
 from tunefleet.config import Options
-from tunefleet.errors import AdapterInvalid, RequestInvalid, StoreError
+from tunefleet.core import ADAPTER_FILES, MAX_METADATA_BYTES
+from tunefleet.errors import AdapterInvalid, RequestInvalid
 from tunefleet.http.bodies import bounded
 from tunefleet.openai_api import parse_json
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
-MAX_METADATA_BYTES = 4096
 _MAX_PART_HEADER_BYTES = 8192
-_IDLE_S = 60.0  # a client that sends nothing for so long has gone
 _WRITE_BYTES = 1024 * 1024
 _DIGEST = re.compile(r"\s*(sha-256|sha-512)=:([A-Za-z0-9+/=]+):\s*(?:,|$)")
 
@@ -42,13 +42,13 @@ async def receive(request: Request, folder: Path, options: Options) -> Received:
     """Writes the body below ``folder``.
 
     Raises:
-        RequestInvalid: too large, wrongly framed, or not what Content-Digest says.
+        RequestInvalid: too large, too slow, wrongly framed, or not what Content-Digest says.
         AdapterInvalid: no PEFT folder in it.
     """
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestInvalid("send uploads without Content-Encoding", code="unsupported_media_type")
     digest = _ContentDigest(request.headers.get("content-digest"))
-    chunks = digest.watch(_alive(bounded(request, options.max_upload_bytes)))
+    chunks = digest.watch(bounded(request, options.max_upload_bytes))
     kind, parameters = parse_options_header(request.headers.get("content-type", ""))
     if kind == b"multipart/form-data":
         received = await _receive_parts(chunks, parameters.get(b"boundary", b""), folder)
@@ -61,30 +61,21 @@ async def receive(request: Request, folder: Path, options: Options) -> Received:
     return Received(folder / "adapter", None)
 
 
-async def _alive(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    while True:
-        try:
-            async with asyncio.timeout(_IDLE_S):
-                chunk = await anext(chunks)
-        except StopAsyncIteration:
-            return
-        except TimeoutError as error:
-            raise RequestInvalid(f"no data for {_IDLE_S:.0f} s", code="upload_too_slow") from error
-        yield chunk
+def parse_metadata(text: bytes, where: str) -> dict[str, object]:
+    """Metadata from a header or part, which ``where`` names."""
+    try:
+        return parse_json(text)
+    except RequestInvalid as error:
+        raise RequestInvalid(
+            f"{where} must be a JSON object", code="invalid_metadata", param=where
+        ) from error
 
 
 class _ContentDigest:
     """RFC 9530's ``Content-Digest`` of one body."""
 
     def __init__(self, header: str | None) -> None:
-        found = _DIGEST.findall(header or "")
-        if header is not None and not found:
-            raise RequestInvalid(
-                "Content-Digest must look like sha-256=:<base64>:",
-                code="invalid_digest",
-                param="Content-Digest",
-            )
-        self._expected = {name: base64.b64decode(value + "==") for name, value in found}
+        self._expected = {} if header is None else _parse_digest(header)
         self._hashers = {name: hashlib.new(name.replace("-", "")) for name in self._expected}
 
     async def watch(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -103,26 +94,25 @@ class _ContentDigest:
                 )
 
 
+def _parse_digest(header: str) -> dict[str, bytes]:
+    found = _DIGEST.findall(header)
+    with contextlib.suppress(binascii.Error):
+        if found:
+            return {name: base64.b64decode(value + "==") for name, value in found}
+    raise RequestInvalid(
+        "Content-Digest must look like sha-256=:<base64>:", code="invalid_digest", param="Content-Digest"
+    )
+
+
 async def _write_file(chunks: AsyncIterator[bytes], path: Path) -> None:
-    with path.open("xb") as file:
-        pending: list[bytes] = []
+    with uploads.create_file(path) as file:
+        pending = bytearray()
         async for chunk in chunks:
-            pending.append(chunk)
-            if sum(map(len, pending)) >= _WRITE_BYTES:
-                await _write([(file, b"".join(pending))])
+            pending += chunk
+            if len(pending) >= _WRITE_BYTES:
+                await asyncio.to_thread(uploads.write_all, file, pending)
                 pending.clear()
-        await _write([(file, b"".join(pending))])
-
-
-async def _write(writes: list[tuple[BinaryIO, bytes]]) -> None:
-    def write_all() -> None:
-        for file, content in writes:
-            file.write(content)
-
-    try:
-        await asyncio.to_thread(write_all)
-    except OSError as error:
-        raise StoreError(f"the upload can't be staged: {error.strerror}") from error
+        await asyncio.to_thread(uploads.write_all, file, pending)
 
 
 async def _receive_parts(chunks: AsyncIterator[bytes], boundary: bytes, folder: Path) -> Received:
@@ -136,26 +126,23 @@ async def _receive_parts(chunks: AsyncIterator[bytes], boundary: bytes, folder: 
             async for chunk in chunks:
                 parser.write(chunk)
                 if parts.num_pending >= _WRITE_BYTES:
-                    await parts.drain()
-            await parts.drain()
+                    await asyncio.to_thread(parts.write)
+            await asyncio.to_thread(parts.write)
         except FormParserError as error:
             raise RequestInvalid(
                 f"the multipart body is malformed: {error}", code="invalid_multipart"
             ) from error
         parts.check_complete()
-    return Received(adapter, parse_json(bytes(parts.metadata)) if parts.metadata else None)
+    return Received(adapter, parts.metadata)
 
 
 class _Parts:
     """Where multipart parts go: two files and the metadata, by the part's name; a file name means nothing."""
 
     def __init__(self, folder: Path) -> None:
-        self.metadata = bytearray()
-        self.num_pending = 0  # bytes not written yet
         self._folder = folder
-        self._files: dict[str, BinaryIO] = {}
-        self._names: set[str] = set()
-        self._pending: list[tuple[BinaryIO, bytes]] = []
+        self._files: dict[str, io.FileIO] = {}
+        self._pending: dict[str, bytearray] = {}  # by part: what is not written yet; all of the metadata
         self._header = [bytearray(), bytearray()]  # name, value
         self._disposition = b""
         self._name = ""
@@ -172,20 +159,30 @@ class _Parts:
             "on_end": self._end,
         }
 
-    async def drain(self) -> None:
-        pending, self._pending, self.num_pending = self._pending, [], 0
-        await _write(pending)
+    @property
+    def num_pending(self) -> int:
+        """Bytes not written yet."""
+        return sum(map(len, self._pending.values()))
+
+    @property
+    def metadata(self) -> dict[str, object] | None:
+        text = self._pending.get("metadata")
+        return None if text is None else parse_metadata(bytes(text), "metadata")
+
+    def write(self) -> None:
+        """Blocks; nothing else may be called meanwhile."""
+        for name, file in self._files.items():
+            uploads.write_all(file, self._pending[name])
+            self._pending[name].clear()
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
     def check_complete(self) -> None:
-        for file in self._files.values():
-            file.flush()
         if not self._complete:
             raise RequestInvalid("the multipart body ends before its last boundary", code="invalid_multipart")
-        missing = next((name for name in FILES if name not in self._files), None)
+        missing = next((name for name in ADAPTER_FILES if name not in self._files), None)
         if missing is not None:
             raise AdapterInvalid(f"the part {missing!r} is missing", code="missing_file", param=missing)
 
@@ -205,29 +202,25 @@ class _Parts:
 
     def _open(self) -> None:
         name = parse_options_header(self._disposition)[1].get(b"name", b"").decode("latin-1")
-        if name not in {*FILES, "metadata"}:
+        if name not in {*ADAPTER_FILES, "metadata"}:
             raise RequestInvalid(
-                f"an upload has the parts {', '.join(FILES)} and metadata, not {name[:64]!r}",
+                f"an upload has the parts {', '.join(ADAPTER_FILES)} and metadata, not {name[:64]!r}",
                 code="invalid_multipart",
                 param=name[:64],
             )
-        if name in self._names:
+        if name in self._pending:
             raise RequestInvalid(f"the part {name!r} comes twice", code="invalid_multipart", param=name)
-        self._names.add(name)
-        self._name = name
-        if name in FILES:
-            self._files[name] = (self._folder / name).open("xb")
+        self._name, self._pending[name] = name, bytearray()
+        if name in ADAPTER_FILES:
+            self._files[name] = uploads.create_file(self._folder / name)
 
     def _add(self, content: bytes) -> None:
-        if self._name == "metadata":
-            self.metadata += content
-            if len(self.metadata) > MAX_METADATA_BYTES:
-                raise RequestInvalid(
-                    f"metadata may have {MAX_METADATA_BYTES} bytes", code="invalid_metadata", param="metadata"
-                )
-            return
-        self._pending.append((self._files[self._name], content))
-        self.num_pending += len(content)
+        pending = self._pending[self._name]
+        pending += content
+        if self._name == "metadata" and len(pending) > MAX_METADATA_BYTES:
+            raise RequestInvalid(
+                f"metadata may have {MAX_METADATA_BYTES} bytes", code="invalid_metadata", param="metadata"
+            )
 
     def _end(self) -> None:
         self._complete = True
