@@ -6,13 +6,14 @@ Synchronous; safe to call from several threads and several processes. Each metho
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import msgspec
 from sqlalchemy import Connection, Row, Select, bindparam, func, select
 
 from tunefleet.adapters_store.database import Database
+from tunefleet.adapters_store.repeats import KEEP, FirstAnswer, UploadKey, first_answer, remember
 from tunefleet.adapters_store.schema import adapters, live_history, tenants, users, versions
 from tunefleet.core import AdapterRef
 from tunefleet.errors import AdapterConflict, AdapterNotFound
@@ -51,7 +52,7 @@ class VersionRecord(NewVersion, frozen=True, kw_only=True):
 
 class Added(NamedTuple):
     record: VersionRecord
-    created: bool  # False: the newest version has this digest already, nothing changed
+    created: bool  # False: the newest version had this digest already
 
 
 class LiveAdapter(NamedTuple):
@@ -78,28 +79,46 @@ class Catalog:
     def close(self) -> None:
         self._database.close()
 
-    def add_version(self, adapter: AdapterName, new: NewVersion, *, promote: bool) -> Added:
-        """Records an upload as the next version, unless the newest version has the same digest."""
+    def add_version(
+        self, adapter: AdapterName, new: NewVersion, *, promote: bool, key: UploadKey | None = None
+    ) -> Added:
+        """Records an upload as the next version, unless the newest version has the same digest.
+
+        Raises:
+            AdapterConflict: ``key`` was another upload's.
+        """
         with self._database.write() as connection:
             row = self._adapter_row(connection, adapter)
+            again = self._answered(connection, adapter, row.adapter_id, key)
+            if again is not None:
+                return again
             newest = _newest(connection, row.adapter_id)
             if newest is not None and newest.digest == new.digest:
-                return Added(_record(newest, row.live_version), created=False)
-            number = row.last_version + 1
-            fields = msgspec.structs.asdict(new)
-            created_at = self._timestamp()
-            connection.execute(
-                versions.insert().values(
-                    adapter_id=row.adapter_id, version=number, created_at=created_at, **fields
-                )
-            )
-            connection.execute(
-                adapters.update().where(adapters.c.adapter_id == row.adapter_id).values(last_version=number)
-            )
-            if promote:
-                self._set_live(connection, row.adapter_id, number)
-            record = VersionRecord(version=number, live=promote, created_at=created_at, **fields)
-            return Added(record, created=True)
+                added = Added(_record(newest, row.live_version), created=False)
+            else:
+                added = Added(self._insert(connection, row, new, promote=promote), created=True)
+            if key is not None:
+                answer = FirstAnswer(added.record.version, added.created, added.record.live)
+                now, since = self._timestamp(), self._timestamp(-KEEP)
+                remember(connection, row.adapter_id, key, answer, now=now, since=since)
+            return added
+
+    def answered(self, adapter: AdapterName, digest: str, key: UploadKey | None = None) -> Added | None:
+        """The answer to an upload that changes nothing, where that is known before it is stored.
+
+        Raises:
+            AdapterConflict: ``key`` was another upload's.
+        """
+        with self._database.read() as connection:
+            row = connection.execute(_adapter(adapter)).one_or_none()
+            if row is None:
+                return None
+            if key is not None:
+                return self._answered(connection, adapter, row.adapter_id, key)
+            newest = _newest(connection, row.adapter_id)
+            if newest is None or newest.digest != digest:
+                return None
+            return Added(_record(newest, row.live_version), created=False)
 
     def live(self, adapter: AdapterName) -> LiveAdapter:
         """The live version: one SELECT by unique indexes, on every request's path.
@@ -116,12 +135,6 @@ class Catalog:
     def version(self, adapter: AdapterName, version: int) -> VersionRecord:
         with self._database.read() as connection:
             return _version(connection, adapter, version)
-
-    def newest(self, adapter: AdapterName) -> VersionRecord | None:
-        """The version with the highest number, or None."""
-        with self._database.read() as connection:
-            rows = connection.execute(_records(adapter).limit(1)).all()
-            return _record(rows[0], rows[0].live_version) if rows else None
 
     def versions(self, adapter: AdapterName, *, after: int | None, limit: int) -> list[VersionRecord]:
         """Newest first; ``after`` is the last number of the page before."""
@@ -166,6 +179,34 @@ class Catalog:
             if not found.live:
                 self._set_live(connection, row.adapter_id, version)
             return msgspec.structs.replace(found, live=True)
+
+    def _answered(
+        self, connection: Connection, adapter: AdapterName, adapter_id: int, key: UploadKey | None
+    ) -> Added | None:
+        """What the first upload with this key was answered, word for word."""
+        answer = key and first_answer(connection, adapter_id, key, self._timestamp(-KEEP))
+        if answer is None:
+            return None
+        record = _version(connection, adapter, answer.version)
+        return Added(msgspec.structs.replace(record, live=answer.was_live), answer.was_new)
+
+    def _insert(
+        self, connection: Connection, row: Row[Any], new: NewVersion, *, promote: bool
+    ) -> VersionRecord:
+        number = row.last_version + 1
+        fields = msgspec.structs.asdict(new)
+        created_at = self._timestamp()
+        connection.execute(
+            versions.insert().values(
+                adapter_id=row.adapter_id, version=number, created_at=created_at, **fields
+            )
+        )
+        connection.execute(
+            adapters.update().where(adapters.c.adapter_id == row.adapter_id).values(last_version=number)
+        )
+        if promote:
+            self._set_live(connection, row.adapter_id, number)
+        return VersionRecord(version=number, live=promote, created_at=created_at, **fields)
 
     def _set_live(self, connection: Connection, adapter_id: int, version: int) -> None:
         connection.execute(
@@ -216,8 +257,9 @@ class Catalog:
         )
         return LiveAdapter(ref, row.version, row.fallback)
 
-    def _timestamp(self) -> str:
-        return self._now().astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    def _timestamp(self, offset: timedelta = timedelta()) -> str:
+        at = (self._now() + offset).astimezone(UTC)
+        return at.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _lookup(on_version: Any) -> Select[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     ForeignKey,
     ForeignKeyConstraint,
@@ -86,4 +87,21 @@ live_history = Table(
     Column("version", Integer, nullable=False),  # live from created_at on
     Column("created_at", String(32), nullable=False),
     Index(None, "adapter_id", "entry_id"),
+)
+
+upload_keys = Table(
+    "upload_keys",
+    metadata,
+    Column("adapter_id", Integer, primary_key=True),
+    Column("key", String(255), primary_key=True),  # the client's Idempotency-Key
+    Column("request_sha256", String(64), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("was_new", Boolean, nullable=False),
+    Column("was_live", Boolean, nullable=False),
+    Column("created_at", String(32), nullable=False),
+    ForeignKeyConstraint(
+        ["adapter_id", "version"], ["versions.adapter_id", "versions.version"], ondelete="CASCADE"
+    ),
+    Index(None, "adapter_id", "version"),
+    Index(None, "created_at"),
 )

@@ -8,31 +8,37 @@ removes itself.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from tunefleet.adapters_store.catalog import AdapterName, Catalog, NewVersion, UserRecord, VersionRecord
+from tunefleet.adapters_store.catalog import (
+    AdapterName,
+    Added,
+    Catalog,
+    NewVersion,
+    UserRecord,
+    VersionRecord,
+)
 from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES
 from tunefleet.adapters_store.objects import ObjectStore, new_upload_id, object_prefix, open_store
+from tunefleet.adapters_store.repeats import UploadKey, check_idempotency_key, upload_key
+from tunefleet.adapters_store.stored_file import StoredFile
 from tunefleet.adapters_store.threads import Runner
-from tunefleet.adapters_store.validation import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    CheckedAdapter,
-    check_adapter,
-    check_present,
-)
+from tunefleet.adapters_store.validation import CheckedAdapter, check_adapter, check_present
 from tunefleet.config import Options
 from tunefleet.core import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
     DEFAULT_ADAPTER,
     DEFAULT_TENANT,
+    MAX_METADATA_BYTES,
+    WEIGHTS_FILE,
     AdapterRef,
     Manifest,
     Version,
@@ -41,7 +47,6 @@ from tunefleet.core import (
 )
 from tunefleet.errors import AdapterInvalid, AdapterNotFound, RequestInvalid, StoreError
 
-MAX_METADATA_BYTES = 4096
 MAX_PAGE = 10_000
 NUM_LOOKUPS = 8  # threads for the catalog: a request waits for these
 NUM_TRANSFERS = 4  # threads for uploads and downloads, which may take long
@@ -56,43 +61,27 @@ class Pushed(NamedTuple):
     created: bool  # False: these bytes were the newest version already
 
 
+class _PushRequest(NamedTuple):
+    """A push, its arguments checked."""
+
+    adapter: AdapterName
+    promote: bool
+    metadata: dict[str, object]
+    idempotency_key: str | None
+
+    def upload_key(self, checked: CheckedAdapter) -> UploadKey | None:
+        if self.idempotency_key is None:
+            return None
+        files = (checked.config_sha256, checked.weights_sha256)
+        return upload_key(self.idempotency_key, *files, self.promote, self.metadata)
+
+
 class Resolved(NamedTuple):
     """What a request needs: the adapter, its version number, and the user's own fallback setting."""
 
     ref: AdapterRef
     version: int
     fallback: str | None
-
-
-class StoredFile:
-    """A file of a version, streamed as it was uploaded.
-
-    Iterate once, or ``aclose``. Bytes are hashed on the way: if the store's copy is not what was uploaded,
-    StoreError comes instead of the last chunk, so nobody ever holds a complete wrong file.
-    """
-
-    def __init__(self, stream: BinaryIO, size_bytes: int, sha256: str, run: Runner) -> None:
-        self.size_bytes = size_bytes
-        self.sha256 = sha256
-        self._stream = stream
-        self._run = run
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        hasher = hashlib.sha256()
-        try:
-            chunk = await self._run(lambda: self._stream.read(CHUNK_BYTES))
-            while chunk:
-                hasher.update(chunk)
-                following = await self._run(lambda: self._stream.read(CHUNK_BYTES))
-                if not following and hasher.hexdigest() != self.sha256:
-                    raise StoreError("the stored file is not what was uploaded", code="object_corrupt")
-                yield chunk
-                chunk = following
-        finally:
-            self._stream.close()
-
-    async def aclose(self) -> None:
-        self._stream.close()
 
 
 class AdapterStore:
@@ -148,21 +137,26 @@ class AdapterStore:
         tenant: str = DEFAULT_TENANT,
         promote: bool = True,
         metadata: dict[str, object] | None = None,
+        idempotency_key: str | None = None,
     ) -> Pushed:
         """Uploads the PEFT folder as the user's next version.
 
-        A push that has begun runs to its end even if the caller is cancelled, which then waits for it.
+        A push that has begun runs to its end even if the caller is cancelled, which then waits for it. With
+        an ``idempotency_key`` that this adapter has seen in the last 24 hours, it answers what it did then.
 
         Raises:
             AdapterInvalid: what is wrong with the upload.
-            RequestInvalid: a user id, name or metadata that isn't allowed.
+            AdapterConflict: the key came with another upload (code ``idempotency_key_reused``).
+            RequestInvalid: a user id, name, key or metadata that isn't allowed.
             StoreError: it could not be stored; nothing of it is visible.
         """
-        adapter = self._adapter(user_id, name, tenant)
-        checked_metadata = check_metadata(metadata or {})
-        return await self._transfer.to_the_end(
-            lambda: self._push(adapter, folder, checked_metadata, promote=promote)
+        request = _PushRequest(
+            adapter=self._adapter(user_id, name, tenant),
+            promote=promote,
+            metadata=check_metadata(metadata or {}),
+            idempotency_key=None if idempotency_key is None else check_idempotency_key(idempotency_key),
         )
+        return await self._transfer.to_the_end(lambda: self._push(request, folder))
 
     async def resolve(
         self,
@@ -257,26 +251,32 @@ class AdapterStore:
     def _adapter(self, user_id: str, name: str, tenant: str) -> AdapterName:
         return AdapterName(tenant, check_user_id(user_id), check_adapter_name(name), self._manifest.base_id)
 
-    def _push(
-        self, adapter: AdapterName, folder: Path, metadata: dict[str, object], *, promote: bool
-    ) -> Pushed:
+    def _push(self, request: _PushRequest, folder: Path) -> Pushed:
+        adapter = request.adapter
         with self._staged(folder) as staged:
             checked = check_adapter(staged, self._manifest, max_rank=self._max_rank)
-            newest = self._catalog.newest(adapter)
-            if newest is not None and newest.digest == checked.digest:
-                return Pushed(_shown(adapter, newest), created=False)
-            key = object_prefix(adapter.tenant, checked.digest, new_upload_id())
-            keep = False
-            try:
-                for file in (CONFIG_FILE, WEIGHTS_FILE):
-                    self._objects.put(f"{key}/{file}", staged / file)
-                record, keep = self._catalog.add_version(
-                    adapter, _new_version(checked, key, metadata), promote=promote
-                )
-                return Pushed(_shown(adapter, record), created=keep)
-            finally:
-                if not keep:
-                    self._discard(key)
+            key = request.upload_key(checked)
+            added = self._catalog.answered(adapter, checked.digest, key)
+            if added is None:
+                added = self._add(request, checked, key, staged)
+            return Pushed(_shown(adapter, added.record), added.created)
+
+    def _add(
+        self, request: _PushRequest, checked: CheckedAdapter, key: UploadKey | None, staged: Path
+    ) -> Added:
+        """Objects first, then the commit. Objects that no version has in the end are removed."""
+        prefix = object_prefix(request.adapter.tenant, checked.digest, new_upload_id())
+        keep = False
+        try:
+            for file in ADAPTER_FILES:
+                self._objects.put(f"{prefix}/{file}", staged / file)
+            new = _new_version(checked, prefix, request.metadata)
+            added = self._catalog.add_version(request.adapter, new, promote=request.promote, key=key)
+            keep = added.record.object_key == prefix
+            return added
+        finally:
+            if not keep:
+                self._discard(prefix)
 
     @contextlib.contextmanager
     def _staged(self, folder: Path) -> Iterator[Path]:
@@ -293,7 +293,7 @@ class AdapterStore:
 
     def _discard(self, key: str) -> None:
         """Best effort: what stays is garbage that nothing refers to."""
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
+        for file in ADAPTER_FILES:
             with contextlib.suppress(StoreError):
                 self._objects.delete(f"{key}/{file}")
 

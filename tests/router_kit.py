@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from adapter_factory import make_adapter, make_manifest
 from tunefleet.adapters_store.store import AdapterStore
 from tunefleet.auth import Authenticate, anyone
-from tunefleet.config import resolve
+from tunefleet.config import resolve, store_folder
 from tunefleet.core import ADAPTER_FILES, Manifest
 from tunefleet.fleet import Fleet, FleetParts
 from tunefleet.http.app import create_app
@@ -133,6 +133,12 @@ def staged(kit: Kit) -> list[Path]:
     """What uploads have left on their way; nothing, once they are answered."""
     staging = Path(kit.options.cache_dir) / "staging"
     return list(staging.iterdir()) if staging.exists() else []
+
+
+def stored(kit: Kit) -> list[Path]:
+    """Every file in the store's folder of objects, unfinished ones too."""
+    objects = store_folder(kit.options.store_url) / "objects"
+    return sorted(path for path in objects.rglob("*") if path.is_file() and path.name != ".lock")
 
 
 def ask(client: TestClient, user_id: str | None = None, **more: Any) -> httpx2.Response:

@@ -77,9 +77,9 @@ def test_an_upload_without_promote_stays_behind_the_live_one(catalog: Catalog) -
     assert not record.live
     assert catalog.live(ALICE).version == 1
     assert catalog.numbered(ALICE, 2).ref.digest == upload(2).digest
-    newest = catalog.newest(ALICE)
+    newest = catalog.answered(ALICE, upload(2).digest)
     assert newest is not None
-    assert newest.version == 2
+    assert (newest.record.version, newest.created) == (2, False)
 
 
 def test_promote_is_one_commit_with_its_history(catalog: Catalog, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_metadata_that_is_no_json_object_is_named_by_header_and_part(tmp_path: P
     kit = Kit(tmp_path)
     files = {name: (kit.adapter() / name).read_bytes() for name in ADAPTER_FILES}
     with api(kit) as client:
-        by_header = client.put(URL, files=files, headers={"X-Adapter-Metadata": text})
+        by_header = client.put(URL, files=files, headers={b"X-Adapter-Metadata": text})
         by_part = client.put(URL, files={**files, "metadata": text})
         for response, where in ((by_header, "X-Adapter-Metadata"), (by_part, "metadata")):
             assert code(response) == (400, "invalid_metadata")

@@ -18,7 +18,7 @@ from tunefleet.openai_api import convert
 from tunefleet.uploads import upload_folder
 
 if TYPE_CHECKING:
-    from tunefleet.adapters_store.store import StoredFile
+    from tunefleet.adapters_store.stored_file import StoredFile
     from tunefleet.fleet import Fleet
 
 
@@ -28,6 +28,12 @@ class Promotion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 async def upload(fleet: Fleet, caller: Caller, request: Request) -> Response:
+    """The body becomes the next version: 201. If its bytes are the newest version already: 200, unchanged.
+
+    With an ``Idempotency-Key``, the first upload of this adapter that is taken with it decides: for 24 hours
+    the same upload is answered as then, whatever happened since, and another one (bytes, metadata or promote)
+    is a 409 ``idempotency_key_reused``. Refused uploads leave their key free.
+    """
     promote = flag(request.query_params, "promote", default=True)
     header = _metadata_header(request)
     with upload_folder(fleet.options) as folder:
@@ -43,6 +49,7 @@ async def upload(fleet: Fleet, caller: Caller, request: Request) -> Response:
             tenant=caller.tenant,
             promote=promote,
             metadata=header or received.metadata,
+            idempotency_key=request.headers.get("idempotency-key"),
         )
     return JSON(pushed.version, 201 if pushed.created else 200)
 
