@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunefleet.core import LinearSpec, Manifest
+from tunefleet.core import ADAPTER_FILES, LinearSpec, Manifest
 
 HIDDEN = 16
 INTERMEDIATE = 24
@@ -133,6 +133,11 @@ def with_header(header: object, content: bytes) -> bytes:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     raw += b" " * (math.ceil(len(raw) / 8) * 8 - len(raw))
     return len(raw).to_bytes(8, "little") + raw + content
+
+
+def adapter_files(folder: Path) -> dict[str, bytes]:
+    """The two files of a folder, by name."""
+    return {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
 
 
 def read_raw(folder: Path) -> dict[str, RawTensor]:

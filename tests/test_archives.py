@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import shutil
 import tarfile
@@ -15,41 +14,24 @@ from hypothesis import strategies as st
 
 from adapter_factory import make_adapter, make_manifest
 from faults import no_file_above
+from malformed.archives import (
+    BAD_NAMES,
+    LINKS,
+    NO_ARCHIVES,
+    encrypted_zip,
+    special,
+    tar_of,
+    zip_of,
+    zip_with_a_link,
+)
 from tunefleet.adapters_store.archives import unpack
 from tunefleet.adapters_store.tar_stream import MAX_MEMBERS
+from tunefleet.core import CONFIG_FILE as CONFIG
+from tunefleet.core import WEIGHTS_FILE as WEIGHTS
 from tunefleet.errors import AdapterInvalid, StoreError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PAIR = {CONFIG: b"{}", WEIGHTS: b"weights"}
 LIMIT = 100_000
-
-
-def tar_of(
-    files: dict[str, bytes], *extra: tarfile.TarInfo, mode: str = "w", format: int = tarfile.PAX_FORMAT
-) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode=mode, format=format) as archive:  # type: ignore[call-overload]
-        for info in extra:
-            archive.addfile(info)
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return out.getvalue()
-
-
-def zip_of(files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", compression) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return out.getvalue()
-
-
-def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
 
 
 def unpacked(tmp_path: Path, raw: bytes, limit: int = LIMIT) -> dict[str, bytes]:
@@ -116,31 +98,13 @@ def test_long_names_that_are_not_ascii_are_read(tmp_path: Path, format: int) -> 
     assert unpacked(tmp_path, tar_of(files, format=format)) == PAIR
 
 
-BAD_NAMES = [
-    *("../adapter_config.json", "/adapter_config.json", "a/../../adapter_config.json", "/etc/passwd", ".."),
-    *("a/../adapter_config.json", "..\\x", "C:\\x", "C:/x", "a\\..\\b"),
-]
-
-
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_leads_out_is_refused(tmp_path: Path, make: Make, name: str) -> None:
     refusal = refusal_of(tmp_path, make({**PAIR, name: b"x"}))
     assert (refusal.code, refusal.param) == ("invalid_archive", name)
 
 
-@pytest.mark.parametrize(
-    ("info", "what"),
-    [
-        (special(CONFIG, tarfile.SYMTYPE, "/etc/passwd"), "symbolic link"),
-        (special("other", tarfile.SYMTYPE, "/etc"), "symbolic link"),
-        (special(WEIGHTS, tarfile.LNKTYPE, CONFIG), "hard link"),
-        (special("device", tarfile.CHRTYPE), "device"),
-        (special("device", tarfile.BLKTYPE), "device"),
-        (special("pipe", tarfile.FIFOTYPE), "FIFO"),
-        (special("sparse", tarfile.GNUTYPE_SPARSE), "sparse"),
-        (special("odd", b"Z"), "unknown type"),
-    ],
-)
+@pytest.mark.parametrize(("info", "what"), LINKS)
 def test_links_and_devices_in_a_tar_are_refused(tmp_path: Path, info: tarfile.TarInfo, what: str) -> None:
     refusal = refusal_of(tmp_path, tar_of(PAIR, info))
     assert refusal.code == "invalid_archive"
@@ -149,19 +113,11 @@ def test_links_and_devices_in_a_tar_are_refused(tmp_path: Path, info: tarfile.Ta
 
 
 def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
-    out = io.BytesIO(zip_of(PAIR))
-    with zipfile.ZipFile(out, "a") as archive:
-        link = zipfile.ZipInfo("link")
-        link.external_attr = 0o120777 << 16
-        archive.writestr(link, "/etc/passwd")
-    assert "'link' is a link" in refusal_of(tmp_path, out.getvalue()).message
+    assert "'link' is a link" in refusal_of(tmp_path, zip_with_a_link(PAIR)).message
 
 
 def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
-    raw = bytearray(zip_of(PAIR))
-    raw[raw.rfind(b"PK\x01\x02") + 8] |= 1
-    refusal = refusal_of(tmp_path, bytes(raw))
-    assert "encrypted" in refusal.message
+    assert "encrypted" in refusal_of(tmp_path, encrypted_zip(PAIR)).message
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -249,19 +205,6 @@ def test_a_flipped_bit_in_a_compressed_archive_is_refused(tmp_path: Path) -> Non
         changed = bytearray(raw)
         changed[len(raw) // 3] ^= 0x10
         assert refusal_of(tmp_path, bytes(changed)).code == "invalid_archive"
-
-
-NO_ARCHIVES = [
-    *(b"", b"x", b"{}", b"\0" * 512, b"\0" * 10240, b"x" * 2000, b"BZh9", b"\xfd7zXZ\0"),
-    *(
-        b"PK",
-        b"PK\x03\x04",
-        b"PK\x05\x06" + b"\0" * 18,
-        b"\x1f\x8b",
-        gzip.compress(b""),
-        gzip.compress(b"hello"),
-    ),
-]
 
 
 @pytest.mark.parametrize("raw", NO_ARCHIVES)

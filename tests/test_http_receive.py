@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from starlette.types import Message
 
+from adapter_factory import adapter_files
 from faults import no_file_above
 from router_kit import Kit, api, code, run_async, serving, staged, upload
 from tunefleet.auth import anyone
-from tunefleet.core import ADAPTER_FILES
 from tunefleet.http.app import create_app
 
 URL = "/v1/users/alice/adapter"
@@ -111,7 +111,7 @@ def test_a_content_digest_that_is_none_is_refused(tmp_path: Path, digest: str) -
 )
 def test_metadata_that_is_no_json_object_is_named_by_header_and_part(tmp_path: Path, text: bytes) -> None:
     kit = Kit(tmp_path)
-    files = {name: (kit.adapter() / name).read_bytes() for name in ADAPTER_FILES}
+    files = adapter_files(kit.adapter())
     with api(kit) as client:
         by_header = client.put(URL, files=files, headers={b"X-Adapter-Metadata": text})
         by_part = client.put(URL, files={**files, "metadata": text})
@@ -125,9 +125,7 @@ def test_metadata_that_is_no_json_object_is_named_by_header_and_part(tmp_path: P
 def test_an_upload_in_many_small_pieces_is_taken(tmp_path: Path) -> None:
     kit = Kit(tmp_path)
     with api(kit) as client:
-        request = client.build_request(
-            "PUT", URL, files={name: (kit.adapter() / name).read_bytes() for name in ADAPTER_FILES}
-        )
+        request = client.build_request("PUT", URL, files=adapter_files(kit.adapter()))
         body = request.read()
         headers = {"content-type": request.headers["content-type"]}
         pieces = (body[index : index + 3] for index in range(0, len(body), 3))

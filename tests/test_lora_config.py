@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from malformed.configs import NOT_OBJECTS, NOT_SERVED, WRONG_FIELDS
 from tunefleet.adapters_store import lora_config
 from tunefleet.adapters_store.lora_config import LoraConfig, matches, parse_lora_config
 from tunefleet.errors import AdapterInvalid
@@ -95,44 +96,13 @@ def test_every_field_of_the_installed_peft_is_known_by_name() -> None:
     assert set() == {field.name for field in dataclasses.fields(PeftLoraConfig)} - known
 
 
-NOT_OBJECTS = {
-    "empty": b"",
-    "not JSON": b"{r: 8}",
-    "a list": b"[]",
-    "a string": b'"LORA"',
-    "null": b"null",
-    "byte order mark": b"\xef\xbb\xbf{}",
-    "UTF-16": '{"peft_type": "LORA"}'.encode("utf-16"),
-    "10 MB": b'{"peft_type": "LORA", "x": "' + b"a" * 10_000_000 + b'"}',
-    "deep": b'{"peft_type": "LORA", "x": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
-    "same key twice": b'{"peft_type": "LORA", "r": 8, "r": 4}',
-    "NaN": b'{"peft_type": "LORA", "lora_alpha": NaN}',
-    "Infinity": b'{"peft_type": "LORA", "lora_alpha": Infinity}',
-    "a number of 5000 digits": b'{"peft_type": "LORA", "r": ' + b"9" * 5000 + b"}",
-}
-
-
 @pytest.mark.parametrize("raw", NOT_OBJECTS.values(), ids=NOT_OBJECTS.keys())
 def test_bytes_that_are_no_config_are_refused(raw: bytes) -> None:
     refusal = refusal_of(raw)
     assert (refusal.code, refusal.param) == ("invalid_adapter_config", "adapter_config.json")
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("r", value) for value in (0, -4, 4.0, 8.5, "8", True, None, [8])),
-        *(("lora_alpha", value) for value in (0, 0.0, "16", True, None, [16])),
-        *(("use_rslora", value) for value in (1, "true", [])),
-        *(("fan_in_fan_out", value) for value in (1, "no")),
-        *(("rank_pattern", value) for value in ([], "q_proj", 4)),
-        *(("alpha_pattern", value) for value in ([], {f"m{n}": 1 for n in range(5000)})),
-        *(("target_modules", value) for value in (7, {"q": 1}, ["q_proj", 1])),
-        ("base_model_name_or_path", 5),
-        ("task_type", {}),
-        ("init_lora_weights", 3),
-    ],
-)
+@pytest.mark.parametrize(("field", "value"), WRONG_FIELDS)
 def test_a_field_of_the_wrong_type_or_range_is_refused_by_name(field: str, value: object) -> None:
     refusal = refused(**{field: value})
     assert ("invalid_adapter_config", field) == (refusal.code, refusal.param)
@@ -152,60 +122,7 @@ def test_a_bad_rank_in_a_pattern_names_its_key(value: object) -> None:
     assert (refusal.code, refusal.param) == ("invalid_adapter_config", "rank_pattern.v_proj")
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("use_dora", True),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1, 2]),
-        ("target_parameters", ["mlp.experts.gate_up_proj"]),
-        ("layer_replication", [[0, 4], [2, 5]]),
-        ("alora_invocation_tokens", [1]),
-        ("alora_invocation_tokens", []),
-        ("use_qalora", True),
-        ("use_bdlora", {}),
-        ("arrow_config", {}),
-        ("kasa_config", {}),
-        ("velora_config", {}),
-        ("monteclora_config", {"x": 1}),
-        ("megatron_config", {"a": 1}),
-        ("lora_bias", True),
-        ("auto_mapping", {"parent_library": "os", "func": "system"}),
-        ("auto_mapping", {"parent_library": "os; import x"}),
-        ("auto_mapping", ["os"]),
-        ("bias", "some"),
-        ("bias", True),
-        ("peft_type", "VERA"),
-        ("peft_type", "ADALORA"),
-        ("peft_type", "lora"),
-        ("peft_type", ["LORA"]),
-        ("a_field_of_tomorrow", True),
-        ("a_field_of_tomorrow", 0),
-        ("a_field_of_tomorrow", "on"),
-        ("a_field_of_tomorrow", {"x": None}),
-        ("rank_pattern", {"(a+)+$": 4}),
-        ("rank_pattern", {"layers\\.0": 4}),
-        ("rank_pattern", {".*": 4}),
-        ("rank_pattern", {"": 4}),
-        ("rank_pattern", {"q_proj|v_proj": 4}),
-        ("alpha_pattern", {"q_proj$": 4}),
-        ("alpha_pattern", {"q^proj": 4}),
-        *(
-            ("init_lora_weights", value)
-            for value in (
-                "pissa",
-                "pissa_niter_16",
-                "PiSSA",
-                "olora",
-                "OLoRA",
-                "corda",
-                "loftq",
-                "lora_ga",
-                "new",
-            )
-        ),
-    ],
-)
+@pytest.mark.parametrize(("field", "value"), NOT_SERVED)
 def test_what_is_not_served_is_refused_by_name(field: str, value: object) -> None:
     refusal = refused(**{field: value})
     assert ("unsupported_feature", field) == (refusal.code, refusal.param)
