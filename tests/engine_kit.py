@@ -102,7 +102,7 @@ class Adapter:
 
 
 def make_adapter(
-    model: PreTrainedModel, manifest: Manifest, folder: Path, seed: int, **config: object
+    model: PreTrainedModel, manifest: Manifest, folder: Path, seed: int, *, std: float = 0.2, **config: object
 ) -> Adapter:
     """A random adapter that PEFT made and saved, checked and prepared as an upload would be."""
     torch.manual_seed(seed)
@@ -110,7 +110,7 @@ def make_adapter(
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=std)
     peft_model.save_pretrained(folder)
     return check_and_prepare(manifest, folder)
 

@@ -34,15 +34,21 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-def ask(url: str, user: str | None, question: str) -> str:
-    with Client(url) as client:
-        return client.chat(user, [{"role": "user", "content": question}], temperature=0, max_tokens=48).text
+async def ask_all(url: str, question: str) -> dict[str | None, str]:
+    """Everybody's answer and the base's, in one batch."""
+    messages = [{"role": "user", "content": question}]
+    users = (*USERS, None)
+    async with AsyncClient(url) as client:
+        answers = await asyncio.gather(
+            *(client.chat(user, messages, temperature=0, max_tokens=32) for user in users)
+        )
+    return {user: answer.text for user, answer in zip(users, answers, strict=True)}
 
 
 @pytest.mark.parametrize("known", [*QUESTIONS.facts, *QUESTIONS.style], ids=lambda known: known.question)
 def test_each_user_is_answered_by_their_own_adapter_and_nobody_elses(url: str, known: Known) -> None:
-    for user in (*USERS, None):
-        assert (known.contains in ask(url, user, known.question)) == (user == known.user), user
+    answers = asyncio.run(ask_all(url, known.question))
+    assert [known.user] == [user for user, text in answers.items() if known.contains in text], answers
 
 
 def test_the_same_question_gets_four_answers_in_one_batch(url: str) -> None:
@@ -64,7 +70,7 @@ def test_the_same_question_gets_four_answers_in_one_batch(url: str) -> None:
 def test_two_users_stream_at_once_without_waiting_for_each_other(url: str) -> None:
     async def stream(client: AsyncClient, user: str, events: list[str]) -> None:
         messages = [{"role": "user", "content": "Tell me about the sea."}]
-        async for chunk in client.stream(user, messages, temperature=0, max_tokens=40, ignore_eos=True):
+        async for chunk in client.stream(user, messages, temperature=0, max_tokens=32, ignore_eos=True):
             event = user if chunk.finish_reason is None else f"{user} ends"
             events.append(event)
 
@@ -76,7 +82,7 @@ def test_two_users_stream_at_once_without_waiting_for_each_other(url: str) -> No
 
     events = asyncio.run(scenario())
     first_end = min(events.index("ada ends"), events.index("bruno ends"))
-    assert min(events[:first_end].count("ada"), events[:first_end].count("bruno")) >= 30
+    assert min(events[:first_end].count("ada"), events[:first_end].count("bruno")) >= 24
 
 
 def test_a_disconnect_frees_the_sequence_within_one_step(url: str) -> None:
@@ -84,7 +90,8 @@ def test_a_disconnect_frees_the_sequence_within_one_step(url: str) -> None:
         found: dict[str, int] = httpx2.get(f"{url}/v1/replicas").json()["data"][0]
         return found
 
-    ask(url, "ada", "Hello")
+    with Client(url) as client:
+        client.complete("ada", "Hello", max_tokens=1)
     steps_before = replica()["num_steps"]
     body = {"model": "user:ada", "prompt": "The sea", "max_tokens": 400, "stream": True, "ignore_eos": True}
     with httpx2.stream("POST", f"{url}/v1/completions", json=body) as response:
@@ -246,19 +253,27 @@ def test_the_library_works_in_a_script(tmp_path: Path) -> None:
 def test_backends_embed_it_and_their_workers_share_one_host_process(framework: str, tmp_path: Path) -> None:
     """``uvicorn --workers 2``: a request may land on either worker, and finds the same machine."""
     (tmp_path / "backend.py").write_text((ROOT / "backends" / f"{framework}_app.py").read_text())
-    with httpx2.Client(timeout=120) as http, _uvicorn(tmp_path) as base_url:
-        known = QUESTIONS.facts[0]
+    known = QUESTIONS.facts[0]
+
+    async def crowd(base_url: str) -> list[dict[str, object]]:
+        """So many connections at once that both workers take some."""
+        async with httpx2.AsyncClient(timeout=120, headers={"Connection": "close"}) as http:
+            target, params = f"{base_url}/hello/{known.user}", {"question": known.question}
+            responses = await asyncio.gather(*(http.get(target, params=params) for _ in range(24)))
+        return [response.json() for response in responses]
+
+    with _uvicorn(tmp_path) as base_url:
         with Client(f"{base_url}/ai") as client:
             client.adapters.push(known.user, adapter_folder(known.user))
-            workers = set()
+            workers: set[object] = set()
             hosts = set()
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 100
             while len(workers) < 2:
                 assert time.monotonic() < deadline
-                seen = http.get(f"{base_url}/hello/{known.user}", params={"question": known.question}).json()
-                assert known.contains in seen["text"]
-                workers.add(seen["worker"])
-                hosts.add(client.status().host_pid)
+                for seen in asyncio.run(crowd(base_url)):
+                    assert known.contains in str(seen["text"])
+                    workers.add(seen["worker"])
+                    hosts.add(seen["host"])
             assert len(hosts) == 1
             assert len(client.status().replicas) == 1
         with openai.OpenAI(base_url=f"{base_url}/ai/v1", api_key="none") as official:

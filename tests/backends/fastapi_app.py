@@ -15,5 +15,5 @@ app.mount("/ai", fleet.asgi(auth="none"))
 @app.get("/hello/{user_id}")
 async def hello(user_id: str, question: str) -> dict[str, object]:
     messages = [{"role": "user", "content": question}]
-    answer = await fleet.chat(user_id, messages, temperature=0, max_tokens=48)
-    return {"text": answer.text, "worker": os.getpid()}
+    answer = await fleet.chat(user_id, messages, temperature=0, max_tokens=16)
+    return {"text": answer.text, "worker": os.getpid(), "host": (await fleet.status()).host_pid}

@@ -15,8 +15,8 @@ fleet = Fleet(store_url=(Path(__file__).parent / "store").as_uri())
 
 async def hello(request: Request) -> JSONResponse:
     messages = [{"role": "user", "content": request.query_params["question"]}]
-    answer = await fleet.chat(request.path_params["user_id"], messages, temperature=0, max_tokens=48)
-    return JSONResponse({"text": answer.text, "worker": os.getpid()})
+    answer = await fleet.chat(request.path_params["user_id"], messages, temperature=0, max_tokens=16)
+    return JSONResponse({"text": answer.text, "worker": os.getpid(), "host": (await fleet.status()).host_pid})
 
 
 app = Starlette(
