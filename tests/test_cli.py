@@ -15,6 +15,7 @@ import httpx2
 import pytest
 from typer.testing import CliRunner, Result
 
+from cli_kit import run_main
 from router_kit import Kit, serving
 from tunefleet.auth import anyone
 from tunefleet.cli import main
@@ -41,13 +42,6 @@ def invoke(*arguments: object, stdin: str | None = None) -> Result:
     if isinstance(result.exception, TunefleetError):
         raise result.exception
     return result
-
-
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["tunefleet", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main.run()
-    return int(left.value.code or 0)
 
 
 def test_an_adapter_is_pushed_shown_listed_and_promoted(server: Server) -> None:

@@ -94,8 +94,8 @@ def promote(
 @app.command()
 def check(
     folder: Folder,
-    base_model: Annotated[str, typer.Option(help="As for `tunefleet serve`.")] = "quickstart",
-    max_rank: Annotated[int, typer.Option(min=1, help="As max_adapter_rank of the server.")] = 64,
+    base_model: Annotated[str | None, typer.Option(help="As for `tunefleet serve`.")] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="As max_adapter_rank of the server.")] = None,
     *,
     as_json: AsJson = False,
 ) -> None:

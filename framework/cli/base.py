@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Prepare base models.")
 
 @app.command()
 def prepare(
-    base_model: Annotated[str, typer.Argument(help="As --base-model of `tunefleet serve`.")] = "quickstart",
+    base_model: Annotated[str | None, typer.Argument(help="As --base-model of `tunefleet serve`.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hugging Face id.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     cache_dir: Annotated[str | None, typer.Option(help="As for `tunefleet serve`.")] = None,
