@@ -25,6 +25,9 @@ class Target(NamedTuple):
         if self.user_id is not None:
             check_user_id(self.user_id)
         check_adapter_name(self.name)
+        if self.user_id is None and (self.version is not None or self.name != DEFAULT_ADAPTER):
+            param = "name" if self.version is None else "version"
+            raise RequestInvalid("the base has neither names nor versions: say which user", param=param)
         if self.version is not None and (isinstance(self.version, bool) or self.version < 1):
             raise RequestInvalid("versions are 1, 2, 3 ...", param="version")
         if self.fallback not in {None, "none", "base"}:

@@ -15,7 +15,7 @@ import httpx2
 import tokenizers
 import uvicorn
 from starlette.testclient import TestClient
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive
 
 from adapter_factory import make_adapter, make_manifest
 from tunefleet.adapters_store.store import AdapterStore
@@ -172,6 +172,18 @@ def serving(app: ASGIApp) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+async def sent_by(app: ASGIApp, receive: Receive, path: str, **scope: object) -> list[Message]:
+    """What an app sends, called without a server."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    whole = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b"", **scope}
+    await app(whole, receive, send)
+    return sent
 
 
 def run_async(test: Callable[P, Coroutine[object, object, None]]) -> Callable[P, None]:

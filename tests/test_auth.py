@@ -125,6 +125,12 @@ def _bob(body: dict[str, dict[str, str]]) -> dict[str, str]:
     return {"message": body["error"]["message"]} if "'bob'" in body["error"]["message"] else {}
 
 
+def test_over_http_somebody_without_uploads_sees_the_base(tmp_path: Path) -> None:
+    with api(Kit(tmp_path), _as_named) as client:
+        models = client.get("/v1/models", headers={"x-session": "alice infer"})
+        assert [model["id"] for model in models.json()["data"]] == ["tiny"]
+
+
 def test_over_http_scopes_are_checked(tmp_path: Path) -> None:
     kit = Kit(tmp_path)
     with api(kit, _as_named) as client:

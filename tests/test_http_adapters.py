@@ -114,6 +114,8 @@ def test_versions_are_looked_at_and_downloaded_byte_for_byte(kit: Kit, client: T
         file = client.get(f"{URL}/versions/2/files/{name}")
         assert (file.content, file.headers["content-length"]) == (content, str(len(content)))
         assert file.headers["etag"] == f'"{hashlib.sha256(content).hexdigest()}"'
+        head = client.head(f"{URL}/versions/2/files/{name}")
+        assert (head.content, head.headers["content-length"]) == (b"", str(len(content)))
     assert code(client.get(f"{URL}/versions/2/files/passwd")) == (404, "file_not_found")
     assert code(client.get(f"{URL}/versions/9")) == (404, "adapter_not_found")
     assert client.get(f"{URL}/versions/0").status_code == 400

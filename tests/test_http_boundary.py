@@ -11,8 +11,9 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
+from starlette.types import Message
 
-from router_kit import Kit, api, ask, serving
+from router_kit import Kit, api, ask, run_async, sent_by, serving
 from tunefleet.auth import anyone
 from tunefleet.http.app import create_app
 
@@ -73,6 +74,19 @@ def test_an_id_that_can_not_exist_never_becomes_another_users(
     assert response.status_code == status
     if status == 422:
         assert response.json()["error"]["code"] in {"invalid_user_id", "invalid_adapter_name"}
+
+
+@pytest.mark.parametrize("raw", [{}, {"raw_path": None}])
+def test_a_server_without_raw_paths_is_served(tmp_path: Path, raw: dict[str, None]) -> None:
+    @run_async
+    async def run() -> None:
+        async def receive() -> Message:
+            return {"type": "http.request"}
+
+        app = create_app(Kit(tmp_path).fleet(), anyone)
+        assert (await sent_by(app, receive, "/healthz", **raw))[0]["status"] == 200
+
+    run()
 
 
 def test_every_allowed_character_works_in_a_path(tmp_path: Path) -> None:

@@ -138,6 +138,16 @@ def test_two_users_and_unknown_models_are_refused(client: TestClient) -> None:
     assert code(ask(client, "alice", model="user:bob")) == (400, "user_mismatch")
     assert code(ask(client, model="gpt-4")) == (404, "model_not_found")
     assert code(ask(client, "a/b")) == (422, "invalid_user_id")
+    twice = [("X-User-Id", "alice"), ("X-User-Id", "bob")]
+    response = client.post("/v1/chat/completions", json={"messages": HELLO}, headers=twice)
+    assert code(response) == (400, "user_mismatch")
+
+
+def test_what_only_users_have_is_not_dropped_for_the_base(client: TestClient) -> None:
+    response = ask(client, headers={"X-Adapter-Version": "1"})
+    assert (code(response), response.json()["error"]["param"]) == ((400, "invalid_request"), "version")
+    response = client.post("/v1/warmup", json={"name": "poems"})
+    assert (code(response), response.json()["error"]["param"]) == ((400, "invalid_request"), "name")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -12,7 +12,7 @@ from starlette.types import Message
 
 from adapter_factory import adapter_files
 from faults import no_file_above
-from router_kit import Kit, api, code, run_async, serving, staged, upload
+from router_kit import Kit, api, code, run_async, sent_by, serving, staged, upload
 from tunefleet.auth import anyone
 from tunefleet.http.app import create_app
 
@@ -22,24 +22,18 @@ URL = "/v1/users/alice/adapter"
 async def answer_to_a_client_that_stops(kit: Kit, method: str, path: str, kind: bytes) -> tuple[int, object]:
     """The answer to one piece of a body, after which nothing comes, not even the connection's end."""
     pieces: list[Message] = [{"type": "http.request", "body": b"--b\r\n", "more_body": True}]
-    sent: list[Message] = []
 
     async def receive() -> Message:
         if not pieces:
             await asyncio.Event().wait()
         return pieces.pop()
 
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
-        "root_path": "", "headers": [(b"content-type", kind)],
-    }  # fmt: skip
+    headers = [(b"content-type", kind)]
     fleet = kit.fleet()
     async with fleet:
-        await create_app(fleet, anyone, idle_s=0.001)(scope, receive, send)
-    return sent[0]["status"], json.loads(sent[1]["body"])["error"]
+        app = create_app(fleet, anyone, idle_s=0.001)
+        start, body = await sent_by(app, receive, path, method=method, headers=headers)
+    return start["status"], json.loads(body["body"])["error"]
 
 
 @pytest.mark.parametrize(

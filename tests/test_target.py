@@ -75,7 +75,11 @@ def test_a_name_that_can_not_exist_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 0}, {"version": True}, {"fallback": "best"}, {"user_id": "/"}]
+    "change",
+    [
+        *({"version": 0}, {"version": True}, {"fallback": "best"}, {"user_id": "/"}),
+        *({"user_id": None, "version": 1}, {"user_id": None, "name": "poems"}),
+    ],
 )
 def test_library_calls_are_checked_too(change: dict[str, Any]) -> None:
     with pytest.raises(RequestInvalid):

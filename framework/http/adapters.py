@@ -85,7 +85,11 @@ async def download(fleet: Fleet, caller: Caller, request: Request) -> Response:
         "content-disposition": f'attachment; filename="{file}"',
         "etag": f'"{stored.sha256}"',
     }
-    return StreamingResponse(_chunks(stored), headers=headers, media_type="application/octet-stream")
+    kind = "application/octet-stream"
+    if request.method == "HEAD":
+        await stored.aclose()
+        return Response(headers=headers, media_type=kind)
+    return StreamingResponse(_chunks(stored), headers=headers, media_type=kind)
 
 
 async def promote(fleet: Fleet, caller: Caller, request: Request) -> Response:

@@ -62,6 +62,8 @@ async def _infer(fleet: Fleet, caller: Caller, request: Request, route: _Route) 
 
 def target_of(fleet: Fleet, caller: Caller, request: Request, model: str | None) -> Target:
     headers = request.headers
+    if len(headers.getlist("x-user-id")) > 1:  # a proxy's behind a client's, of which neither may win
+        raise RequestInvalid("X-User-Id comes more than once", code="user_mismatch", param="X-User-Id")
     user_id, name = choose_user(
         own=caller.user_id, header=headers.get("x-user-id"), model=model, base_names=fleet.base_names
     )

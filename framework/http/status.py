@@ -11,13 +11,14 @@ from starlette.responses import Response
 
 from tunefleet.auth import Caller
 from tunefleet.core import DEFAULT_ADAPTER, ReplicaInfo
-from tunefleet.errors import RequestInvalid
+from tunefleet.errors import AdapterNotFound, RequestInvalid
 from tunefleet.generation import model_name
 from tunefleet.http.bodies import JSON, page_of, read_json
 from tunefleet.openai_api import convert
 from tunefleet.target import choose_user
 
 if TYPE_CHECKING:
+    from tunefleet.adapters_store.store import UserRow
     from tunefleet.fleet import Fleet
 
 
@@ -36,7 +37,7 @@ async def models(fleet: Fleet, caller: Caller, request: Request) -> Response:
     """The base first, then users as models: a page of the tenant's, or only the caller."""
     page = page_of(request)
     if caller.user_id is not None:
-        found = [await fleet.store.user(caller.user_id, tenant=caller.tenant)]
+        found = await _if_there(fleet, caller.tenant, caller.user_id)
     else:
         found = await fleet.store.users(caller.tenant, page.after, page.limit + 1)
     shown = [_user_model(fleet, user.user_id, user.created_at) for user in found[: page.limit]]
@@ -91,6 +92,14 @@ async def healthz(fleet: Fleet, request: Request) -> Response:
 async def readyz(fleet: Fleet, request: Request) -> Response:
     """200 also at zero: the first request wakes a replica."""
     return JSON({"status": "ready"}) if fleet.is_open else JSON({"status": "starting"}, 503)
+
+
+async def _if_there(fleet: Fleet, tenant: str, user_id: str) -> list[UserRow]:
+    """Somebody who has uploaded nothing yet is nobody to the catalog, and may still ask the base."""
+    try:
+        return [await fleet.store.user(user_id, tenant=tenant)]
+    except AdapterNotFound:
+        return []
 
 
 def _public(replica: ReplicaInfo) -> ReplicaInfo:
