@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES
+from tunefleet.adapters_store.staging import create_file, write_all
 from tunefleet.adapters_store.strict_json import shown
 from tunefleet.adapters_store.tar_stream import CHUNK_BYTES, MAX_MEMBERS, TarInvalid, read_members
 from tunefleet.adapters_store.validation import PICKLE_FILES, refused_pickle
 from tunefleet.core import CONFIG_FILE, WEIGHTS_FILE
 from tunefleet.errors import AdapterInvalid, StoreError
-from tunefleet.uploads import create_file, write_all
 
 MAX_DIRECTORY_BYTES = 1024 * 1024  # of a zip: it is parsed as a whole
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -37,24 +36,6 @@ async def adapter_folder(path: Path, options: Options) -> AsyncIterator[Path]:
     with upload_folder(options) as staged:
         await unpack(path, staged / "adapter", options)
         yield staged / "adapter"
-
-
-def create_file(path: Path) -> io.FileIO:
-    """A new file for ``write_all``. Unbuffered: that a disk is full shows there, and not on closing."""
-    try:
-        return path.open("xb", buffering=0)
-    except OSError as error:
-        raise StoreError(f"the upload can't be staged: {error.strerror}") from error
-
-
-def write_all(file: io.FileIO, content: bytes | bytearray) -> None:
-    """Raises StoreError: a full disk is our trouble, not the sender's."""
-    left = memoryview(content)
-    try:
-        while left:
-            left = left[file.write(left) :]
-    except OSError as error:
-        raise StoreError(f"the upload can't be staged: {error.strerror}") from error
 
 
 async def unpack(archive: Path, into: Path, options: Options) -> None:

@@ -19,6 +19,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from tunefleet import uploads
+from tunefleet.adapters_store.staging import create_file, write_all
 from tunefleet.config import Options
 from tunefleet.core import ADAPTER_FILES, MAX_METADATA_BYTES
 from tunefleet.errors import AdapterInvalid, RequestInvalid
@@ -105,14 +106,14 @@ def _parse_digest(header: str) -> dict[str, bytes]:
 
 
 async def _write_file(chunks: AsyncIterator[bytes], path: Path) -> None:
-    with uploads.create_file(path) as file:
+    with create_file(path) as file:
         pending = bytearray()
         async for chunk in chunks:
             pending += chunk
             if len(pending) >= _WRITE_BYTES:
-                await asyncio.to_thread(uploads.write_all, file, pending)
+                await asyncio.to_thread(write_all, file, pending)
                 pending.clear()
-        await asyncio.to_thread(uploads.write_all, file, pending)
+        await asyncio.to_thread(write_all, file, pending)
 
 
 async def _receive_parts(chunks: AsyncIterator[bytes], boundary: bytes, folder: Path) -> Received:
@@ -172,7 +173,7 @@ class _Parts:
     def write(self) -> None:
         """Blocks; nothing else may be called meanwhile."""
         for name, file in self._files.items():
-            uploads.write_all(file, self._pending[name])
+            write_all(file, self._pending[name])
             self._pending[name].clear()
 
     def close(self) -> None:
@@ -212,7 +213,7 @@ class _Parts:
             raise RequestInvalid(f"the part {name!r} comes twice", code="invalid_multipart", param=name)
         self._name, self._pending[name] = name, bytearray()
         if name in ADAPTER_FILES:
-            self._files[name] = uploads.create_file(self._folder / name)
+            self._files[name] = create_file(self._folder / name)
 
     def _add(self, content: bytes) -> None:
         pending = self._pending[self._name]
