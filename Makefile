@@ -19,7 +19,7 @@ lint: $(VENV)/dev.stamp types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/types $(BIN)/mypy -p tunefleet
-	$(BIN)/pyright --project pyproject.toml
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.benchmarks

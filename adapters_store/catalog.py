@@ -242,7 +242,9 @@ class Catalog:
         )
         return connection.execute(_adapter(adapter)).one()
 
-    def _find(self, adapter: AdapterName, query: Select[Any], extra: dict[str, object]) -> LiveAdapter:
+    def _find(
+        self, adapter: AdapterName, query: Select[*tuple[Any, ...]], extra: dict[str, object]
+    ) -> LiveAdapter:
         with self._database.read() as connection:
             row = connection.execute(query, {**adapter._asdict(), **extra}).one_or_none()
         if row is None or row.digest is None:
@@ -262,7 +264,7 @@ class Catalog:
         return at.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def _lookup(on_version: Any) -> Select[Any]:
+def _lookup(on_version: Any) -> Select[*tuple[Any, ...]]:
     """User, then adapter, then version, each by its unique index; columns of missing ones are NULL."""
     return (
         select(
@@ -294,7 +296,7 @@ _LIVE = _lookup(adapters.c.live_version)
 _NUMBERED = _lookup(bindparam("version"))
 
 
-def _adapter(adapter: AdapterName) -> Select[Any]:
+def _adapter(adapter: AdapterName) -> Select[*tuple[Any, ...]]:
     return select(adapters).where(
         adapters.c.tenant == adapter.tenant,
         adapters.c.user_id == adapter.user_id,
@@ -303,11 +305,11 @@ def _adapter(adapter: AdapterName) -> Select[Any]:
     )
 
 
-def _user(adapter: AdapterName) -> Select[Any]:
+def _user(adapter: AdapterName) -> Select[*tuple[Any, ...]]:
     return select(users.c.user_id).where(users.c.tenant == adapter.tenant, users.c.user_id == adapter.user_id)
 
 
-def _users(tenant: str) -> Select[Any]:
+def _users(tenant: str) -> Select[*tuple[Any, ...]]:
     num_adapters = (
         select(func.count())
         .where(adapters.c.tenant == users.c.tenant, adapters.c.user_id == users.c.user_id)
@@ -316,7 +318,7 @@ def _users(tenant: str) -> Select[Any]:
     return select(users.c.user_id, num_adapters, users.c.created_at).where(users.c.tenant == tenant)
 
 
-def _records(adapter: AdapterName) -> Select[Any]:
+def _records(adapter: AdapterName) -> Select[*tuple[Any, ...]]:
     """Versions of one adapter with what is live, newest first."""
     return (
         select(versions, adapters.c.live_version)

@@ -52,6 +52,7 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str) -> Iterator[str]:
         """Keys that start with ``prefix``, sorted."""
+        ...
 
     def close(self) -> None: ...
 

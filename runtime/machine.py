@@ -6,35 +6,25 @@ Implements ``runtime.dispatch.Dispatcher``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import os
-import subprocess
-import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 from tunefleet.config import Options, runtime_dir, state_dir
-from tunefleet.core import FinishReason, Manifest, ReplicaInfo
-from tunefleet.errors import AdapterLoadFailed, CapacityError, ConfigError, ReplicaError, TunefleetError
+from tunefleet.core import Manifest, ReplicaInfo
+from tunefleet.errors import CapacityError, ConfigError, ReplicaError
 from tunefleet.messages import (
-    Cancel,
     Forget,
     Forgotten,
     Hello,
     HostOptions,
     HostToRouter,
     Message,
-    Progress,
     Refused,
-    Rejected,
     Replicas,
-    ReplicaToRouter,
     Status,
     StatusRequest,
-    Step,
     Submit,
     Wake,
     WakeFailed,
@@ -42,16 +32,13 @@ from tunefleet.messages import (
 )
 from tunefleet.runtime.base import resolve_devices
 from tunefleet.runtime.host import HOST_SOCKET
+from tunefleet.runtime.launch import ensure_host
 from tunefleet.runtime.placement import choose
+from tunefleet.runtime.streams import Channel, MachineRun
 from tunefleet.runtime.wire import Connection
 
 HOST_START_TIMEOUT_S = 30.0
-MAX_REPLICA_LOSSES = 2  # a request that outlives so many replicas may be what ends them
 DEFAULT_MODEL_LEN = 2048
-_LOST = object()  # in a run's queue: its replica is gone
-_CLOSED = object()  # in a run's queue: nobody wants the rest
-
-_children: list[subprocess.Popen[bytes]] = []  # host processes that we started; they outlive us
 
 
 def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOptions:
@@ -237,7 +224,7 @@ class Machine:
                     raise ReplicaError(
                         f"the host process doesn't come up; its log is {self._log}", code="host_unavailable"
                     ) from error
-                await asyncio.to_thread(self._ensure_host)
+                await asyncio.to_thread(ensure_host, self._folder, self._state, self._log)
                 await asyncio.sleep(0.02)
         self._replicas = welcome.replicas
         self._notify()
@@ -251,27 +238,6 @@ class Machine:
         )
         self._host.send(Hello(options=self._options))
         return await self._welcome
-
-    def _ensure_host(self) -> None:
-        """Starts the host process unless one holds the lock; two routers at once start one."""
-        with (self._folder / "start.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is_locked(self._folder / "host.lock"):
-                return
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "tunefleet.runtime.host", str(self._state)]
-            _children[:] = [child for child in _children if child.poll() is None]
-            with self._log.open("ab") as log:
-                _children.append(
-                    subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                    )
-                )
-            deadline = time.monotonic() + HOST_START_TIMEOUT_S
-            while not _is_locked(self._folder / "host.lock") and time.monotonic() < deadline:
-                if _children[-1].poll() is not None:
-                    return
-                time.sleep(0.01)
 
     def _on_host(self, host: Connection[HostToRouter], message: HostToRouter) -> None:
         match message:
@@ -325,155 +291,3 @@ class Machine:
     def disregard(self, replica_id: str) -> None:
         """A replica takes nothing any more; don't choose it again before the host process says otherwise."""
         self._replicas = tuple(replica for replica in self._replicas if replica.replica_id != replica_id)
-
-
-class Channel:
-    """A connection to one replica, shared by all of a router's runs on it."""
-
-    def __init__(self, on_close: object) -> None:
-        self._connection: Connection[ReplicaToRouter] | None = None
-        self._queues: dict[str, asyncio.Queue[object]] = {}
-        self._on_closed = on_close
-
-    async def open(self, address: str) -> None:
-        _, self._connection = await asyncio.get_running_loop().create_unix_connection(
-            lambda: Connection[ReplicaToRouter](ReplicaToRouter, self._on_message, self._on_close), address
-        )
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-
-    def submit(self, work: Submit) -> asyncio.Queue[object]:
-        """The queue gets Progress items, Rejected, or ``_LOST``."""
-        queue: asyncio.Queue[object] = asyncio.Queue()
-        if self._connection is None or not self._connection.is_open:
-            queue.put_nowait(_LOST)
-        else:
-            self._queues[work.request_id] = queue
-            self._connection.send(work)
-        return queue
-
-    def leave(self, request_id: str, *, cancel: bool) -> None:
-        if self._queues.pop(request_id, None) is not None and cancel and self._connection is not None:
-            self._connection.send(Cancel(request_id=request_id))
-
-    def _on_message(self, _: Connection[ReplicaToRouter], message: ReplicaToRouter) -> None:
-        if isinstance(message, Rejected):
-            self._put(message.request_id, message)
-        elif isinstance(message, Step):
-            for progress in message.items:
-                self._put(progress.request_id, progress)
-
-    def _put(self, request_id: str, item: object) -> None:
-        queue = self._queues.get(request_id)
-        if queue is not None:
-            queue.put_nowait(item)
-
-    def _on_close(self, _: Connection[ReplicaToRouter]) -> None:
-        self._on_closed()  # type: ignore[operator]
-        for queue in self._queues.values():
-            queue.put_nowait(_LOST)
-        self._queues.clear()
-
-
-class MachineRun:
-    """One sequence, on one replica after another if need be; see ``dispatch.Run``."""
-
-    def __init__(self, machine: Machine, work: Submit) -> None:
-        self.wake_s = 0.0
-        self.cold_base = False
-        self.replica_id = ""
-        self._machine = machine
-        self._work = work
-        self._generated: list[int] = list(work.generated)
-        self._channel: Channel | None = None
-        self._queue: asyncio.Queue[object] | None = None
-        self._finished = False
-
-    async def __aiter__(self) -> AsyncIterator[Progress]:
-        num_losses = 0
-        try:
-            while not self._finished:
-                queue = self._queue = await self._place()
-                while not self._finished:
-                    item = await queue.get()
-                    if isinstance(item, Progress):
-                        yield self._take(item)
-                    else:
-                        num_losses += item is _LOST
-                        self._machine.disregard(self.replica_id)
-                        self._leave(cancel=False)
-                        break
-                if num_losses > MAX_REPLICA_LOSSES:
-                    raise ReplicaError(
-                        f"the request was running when {num_losses} replicas ended; it is not tried again",
-                        code="replica_lost",
-                    )
-        finally:
-            self._leave(cancel=not self._finished)
-
-    async def aclose(self) -> None:
-        self._leave(cancel=not self._finished)
-        self._finished = True
-        if self._queue is not None:
-            self._queue.put_nowait(_CLOSED)
-
-    async def _place(self) -> asyncio.Queue[object]:
-        """Hands the sequence to a replica, with what earlier ones generated."""
-        started = time.monotonic()
-        digest = self._work.adapter.digest if self._work.adapter else None
-        is_first = not self.replica_id
-        if is_first:
-            self.cold_base = choose(self._machine.replicas, digest) is None
-        while True:
-            replica = await self._machine.place(self._work.request_id, digest)
-            with contextlib.suppress(OSError):
-                self._channel = await self._machine.channel(replica)
-                break
-        self.replica_id = replica.replica_id
-        if is_first and self.cold_base:
-            self.wake_s = time.monotonic() - started
-        return self._channel.submit(_with_generated(self._work, self._generated))
-
-    def _take(self, progress: Progress) -> Progress:
-        if progress.finish_reason is FinishReason.ERROR:
-            self._finished = True
-            raise _error(progress)
-        self._generated += progress.tokens
-        self._finished = progress.finish_reason is not None
-        return progress
-
-    def _leave(self, *, cancel: bool) -> None:
-        if self._channel is not None:
-            self._channel.leave(self._work.request_id, cancel=cancel)
-            self._channel = None
-
-
-def _with_generated(work: Submit, generated: list[int]) -> Submit:
-    return Submit(
-        request_id=work.request_id,
-        prompt=work.prompt,
-        sampling=work.sampling,
-        adapter=work.adapter,
-        generated=tuple(generated),
-    )
-
-
-def _error(progress: Progress) -> TunefleetError:
-    if progress.error_code == "queue_full":
-        return CapacityError(progress.error, code="queue_full", retry_after_s=progress.retry_after_s or 1.0)
-    if progress.error_code.startswith(("adapter_", "store_")):
-        return AdapterLoadFailed(
-            progress.error, code=progress.error_code, retry_after_s=progress.retry_after_s or None
-        )
-    return ReplicaError(progress.error, code=progress.error_code)
-
-
-def _is_locked(path: Path) -> bool:
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        return False
