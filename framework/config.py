@@ -18,9 +18,11 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from tunefleet.core import Manifest
 from tunefleet.errors import ConfigError
 
 MIB = 1024 * 1024
+DEFAULT_MAX_MODEL_LEN = 2048  # tokens; a base's own limit may need more memory than a request is worth
 
 
 def _option(default: object, doc: str, *, at_least: float | None = None) -> Any:
@@ -100,6 +102,11 @@ class Options:
         if not self.store_url.startswith("file://"):
             raise ConfigError("database_url must be set when the store is not a folder", param="database_url")
         return f"sqlite:///{store_folder(self.store_url)}/catalog.db"
+
+
+def context_length(options: Options, manifest: Manifest) -> int:
+    """Tokens of prompt and answer that one sequence may have."""
+    return min(options.max_model_len or DEFAULT_MAX_MODEL_LEN, manifest.max_model_len)
 
 
 def store_folder(store_url: str) -> Path:

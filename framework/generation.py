@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from tunefleet.answers import BASE_DIGEST, Answer, Chunk, Served
-from tunefleet.config import Options
+from tunefleet.config import Options, context_length
 from tunefleet.core import (
     DEFAULT_ADAPTER,
     AdapterRef,
@@ -31,7 +31,6 @@ from tunefleet.text import Detokenizer, StopMatcher, Tokenizer
 if TYPE_CHECKING:
     from tunefleet.adapters_store.store import AdapterStore
 
-DEFAULT_MAX_MODEL_LEN = 2048  # tokens; a base's own limit may need more memory than a request is worth
 _CHARS_OFF_LOOP = 16_384  # longer texts are tokenised in a thread, a few milliseconds are not
 
 
@@ -69,7 +68,7 @@ class Generations:
         self._tokenizer = tokenizer
         self._store = store
         self._dispatcher = dispatcher
-        self.max_model_len = min(options.max_model_len or DEFAULT_MAX_MODEL_LEN, manifest.max_model_len)
+        self.max_model_len = context_length(options, manifest)
 
     async def start(
         self, target: Target, request: ChatRequest | CompletionRequest, *, request_id: str | None = None

@@ -11,7 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
-from tunefleet.config import Options, runtime_dir, state_dir
+from tunefleet.config import Options, context_length, runtime_dir, state_dir
 from tunefleet.core import Manifest, ReplicaInfo
 from tunefleet.errors import CapacityError, ConfigError, ReplicaError
 from tunefleet.messages import (
@@ -38,7 +38,6 @@ from tunefleet.runtime.streams import Channel, MachineRun
 from tunefleet.runtime.wire import Connection
 
 HOST_START_TIMEOUT_S = 30.0
-DEFAULT_MODEL_LEN = 2048
 
 
 def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOptions:
@@ -64,7 +63,7 @@ def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOp
         disk_cache_bytes=options.disk_cache_bytes,
         max_num_seqs=options.max_num_seqs,
         max_queue=options.max_queue,
-        max_model_len=min(options.max_model_len or DEFAULT_MODEL_LEN, manifest.max_model_len),
+        max_model_len=context_length(options, manifest),
         threads_per_replica=options.threads_per_replica or max(1, cores // max_replicas),
     )
 

@@ -65,16 +65,16 @@ async def _serve(model: nn.Module, manifest: Manifest, fork: Fork, started: floa
     device = torch.device(fork.device)
     forked_s = time.time() - started
     begin = time.monotonic()
-    engine = Engine(model.to(device), manifest, _limits(fork, manifest), time.monotonic, device)
+    engine = Engine(model.to(device), manifest, _limits(fork), time.monotonic, device)
     stages = {"fork": forked_s, "engine": time.monotonic() - begin}
     await ReplicaProcess(engine, fork).run(stages)
 
 
-def _limits(fork: Fork, manifest: Manifest) -> EngineLimits:
+def _limits(fork: Fork) -> EngineLimits:
     options = fork.options
     return EngineLimits(
         max_num_seqs=options.max_num_seqs,
-        max_model_len=min(options.max_model_len, manifest.max_model_len),
+        max_model_len=options.max_model_len,
         max_active_adapters=options.max_active_adapters,
         device_adapter_bytes=options.device_adapter_bytes,
         max_queue=options.max_queue,

@@ -124,10 +124,14 @@ def check_and_prepare(manifest: Manifest, folder: Path) -> Adapter:
 
 
 class Oracle:
-    """Teacher-forced forwards of PEFT: is each greedy token the reference's, or a tie?"""
+    """Teacher-forced forwards of PEFT: is each greedy token the reference's, or a tie?
 
-    def __init__(self, model: PreTrainedModel, adapters: list[Adapter]) -> None:
+    Holds a merged copy of the base per adapter, ``max_models`` at once.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapters: list[Adapter], *, max_models: int = 100) -> None:
         self._base = model
+        self._max_models = max_models
         self._models: dict[str, PreTrainedModel | PeftModel] = {}
         self._folders = {adapter.ref.digest: adapter.folder for adapter in adapters}
 
@@ -152,6 +156,8 @@ class Oracle:
         if digest is None:
             return self._base
         if digest not in self._models:
+            if len(self._models) == self._max_models:
+                del self._models[next(iter(self._models))]
             model = PeftModel.from_pretrained(copy.deepcopy(self._base), self._folders[digest])
             self._models[digest] = model.merge_and_unload().eval()
         return self._models[digest]
