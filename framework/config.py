@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import stat
 import tempfile
 import typing
 from collections.abc import Mapping
@@ -149,10 +150,19 @@ def state_dir(options: Options, base_dir: Path) -> Path:
 
 
 def runtime_dir(state: Path) -> Path:
-    """A short private folder for the Unix sockets of one state folder (socket paths end at 107 bytes)."""
-    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    folder = parent / f"tunefleet-{os.getuid()}" / hashlib.sha256(str(state).encode()).hexdigest()[:12]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """A short private folder for the Unix sockets of one state folder (socket paths end at 107 bytes).
+
+    Raises:
+        ConfigError: somebody else holds its place: what we'd put there could be read or swapped.
+    """
+    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"tunefleet-{os.getuid()}"
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = parent.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ConfigError(f"{parent} is not a folder of ours; remove it, or set XDG_RUNTIME_DIR")
+    parent.chmod(0o700)
+    folder = parent / hashlib.sha256(str(state).encode()).hexdigest()[:12]
+    folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
