@@ -21,7 +21,7 @@ def test_flags_win_over_keywords_over_environment_over_the_app_over_defaults() -
         "app": {"port": 4, "host": "app", "idle_timeout_s": 4.0},
     }
     options = resolve(**sources)  # type: ignore[arg-type]
-    assert (1, 2, "::1", 4.0) == (options.port, options.max_queue, options.host, options.idle_timeout_s)
+    assert (options.port, options.max_queue, options.host, options.idle_timeout_s) == (1, 2, "::1", 4.0)
     assert Options().max_num_seqs == options.max_num_seqs
 
 
