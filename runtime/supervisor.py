@@ -31,6 +31,7 @@ from tunefleet.runtime.scaler import Load, wanted_replicas
 from tunefleet.runtime.wire import Connection
 
 BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)  # after start failures in a row
+STARTING = (ReplicaState.NEW, ReplicaState.STARTING)
 LIVE = (ReplicaState.NEW, ReplicaState.STARTING, ReplicaState.READY)
 
 log = logging.getLogger("tunefleet.host")
@@ -193,11 +194,15 @@ class Supervisor:
             self.last_error = f"replica {message.replica_id}: {_cause(message.exit_code)}"
             self._watcher.replicas_changed()
 
-    def _gone(self, record: Record, cause: str) -> None:
-        """A replica's process is gone, or never came to be."""
+    def _gone(self, record: Record, cause: str, *, forker_lost: bool = False) -> None:
+        """A replica's process is gone, or never came to be.
+
+        Args:
+            forker_lost: it isn't to blame for that: those who are held wait for the next one.
+        """
         if self.replicas.get(record.replica_id) is not record:
             return
-        was_starting = record.state in (ReplicaState.NEW, ReplicaState.STARTING)
+        was_starting = record.state in STARTING
         if record.state is ReplicaState.DRAINING:
             self._become(record, ReplicaState.STOPPED)
         else:
@@ -205,7 +210,7 @@ class Supervisor:
             log.error("%s", self.last_error)
             self._become(record, ReplicaState.FAILED)
         self._watcher.replica_gone(record)
-        if was_starting:
+        if was_starting and not forker_lost:
             delay = BACKOFF_S[min(self._num_failures, len(BACKOFF_S) - 1)]
             self._num_failures += 1
             self._retry_at = time.monotonic() + delay
@@ -219,8 +224,8 @@ class Supervisor:
     def _on_parked_lost(self) -> None:
         log.error("the parked process is gone; starting another")
         for record in self.replicas:
-            if record.state is ReplicaState.NEW or record.connection is None:
-                self._gone(record, "the parked process ended")
+            if record.state is ReplicaState.NEW or record.connection is None:  # whose end nobody would tell
+                self._gone(record, "the parked process ended", forker_lost=True)
         if not self._closing:
             self._spawn(self._park())
 
