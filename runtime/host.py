@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from tunefleet.messages import (
 )
 from tunefleet.runtime.base import read_manifest
 from tunefleet.runtime.lending import Lending
-from tunefleet.runtime.memory import pss_bytes
+from tunefleet.runtime.memory import MemoryMeter
 from tunefleet.runtime.replicas import Record
 from tunefleet.runtime.supervisor import Supervisor
 from tunefleet.runtime.wire import Connection
@@ -189,6 +190,7 @@ class _Owned:
                 disk_cache_bytes=options.disk_cache_bytes,
             )
         )
+        self._memory = MemoryMeter(time.monotonic)
         self._routers = routers
         self.supervisor = Supervisor(options, folder, folder / HOST_SOCKET, self)
 
@@ -209,7 +211,7 @@ class _Owned:
             pid=os.getpid(),
             parked_pid=supervisor.parked_pid,
             replicas=supervisor.replicas.infos(),
-            pss_bytes={name: pss_bytes(pid) for name, pid in pids.items() if pid},
+            pss_bytes=self._memory.pss_bytes(pids),
             host_tier=self.lending.tiers.host_bytes(),
             last_error=supervisor.last_error,
         )

@@ -185,7 +185,7 @@ def test_curl_uploads_multipart_and_archives_to_the_same_digest(url: str, tmp_pa
 
 
 def test_headers_tell_who_answered_and_why_it_took_long(tmp_path: Path) -> None:
-    with server(tmp_path, "--idle-timeout-s", "1") as url, Client(url) as client:
+    with server(tmp_path, "--idle-timeout-s", "5") as url, Client(url) as client:
         digest = client.adapters.push("coco", adapter_folder("coco")).digest
         assert httpx2.get(f"{url}/readyz").status_code == 200
         assert client.status().replicas == ()

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 
 from tunefleet import Fleet
 
-fleet = Fleet(store_url=(Path(__file__).parent / "store").as_uri())
+fleet = Fleet(store_url=(Path(__file__).parent / "store").as_uri(), idle_timeout_s=60)
 app = FastAPI(lifespan=fleet.lifespan)
 app.mount("/ai", fleet.asgi(auth="none"))
 

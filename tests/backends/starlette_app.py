@@ -10,7 +10,7 @@ from starlette.routing import Mount, Route
 
 from tunefleet import Fleet
 
-fleet = Fleet(store_url=(Path(__file__).parent / "store").as_uri())
+fleet = Fleet(store_url=(Path(__file__).parent / "store").as_uri(), idle_timeout_s=60)
 
 
 async def hello(request: Request) -> JSONResponse:
