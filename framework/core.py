@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from typing import Literal
 
 import msgspec
 
@@ -15,6 +16,7 @@ DEFAULT_ADAPTER = "default"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)  # an adapter, as PEFT saves it
+PinTier = Literal["disk", "host"]
 MAX_METADATA_BYTES = 4096  # of what is kept with an upload, as JSON
 
 _USER_ID = re.compile(r"[A-Za-z0-9._~@:+=|\-]{1,128}")
@@ -158,9 +160,64 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     created_at: str  # RFC 3339, UTC
 
 
+class Canary(msgspec.Struct, frozen=True):
+    """A version that answers a share of an adapter's sessions."""
+
+    version: int
+    percent: float  # of sessions, above 0 to 100
+
+
+class Pin(msgspec.Struct, frozen=True):
+    """Exempt from eviction on every machine, down to ``tier``."""
+
+    tier: PinTier
+    until: str | None = None  # RFC 3339; None: until it is taken away
+
+
+class Adapter(Version, frozen=True, kw_only=True):
+    """The live version, and what else was decided about its adapter."""
+
+    canary: Canary | None = None
+    pin: Pin | None = None
+
+
+class UploadFile(msgspec.Struct, frozen=True, kw_only=True):
+    """How one file of an upload is sent: this request, with the file as its body."""
+
+    url: str  # absolute, or a path of this server
+    method: str
+    headers: dict[str, str]
+
+
+class UploadTicket(msgspec.Struct, frozen=True, kw_only=True):
+    """An upload that was begun: put the files, then complete it."""
+
+    upload_id: str
+    files: dict[str, UploadFile]  # by name: adapter_config.json, adapter_model.safetensors
+    expires_at: str  # RFC 3339, UTC
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What a deletion did, where. ``pending`` until every place has answered; it goes on by itself."""
+
+    deletion_id: str
+    status: Literal["pending", "done"]
+    user_id: str | None  # None once it is done: nothing of the user is kept
+    name: str | None  # None: all of the user
+    version: int | None
+    digests: tuple[str, ...]
+    removed: dict[str, int]  # place -> copies: versions, uploads, objects, disk, host, device, streams
+    kept: tuple[str, ...]  # what stayed, where and why
+    requested_at: str
+    finished_at: str | None = None
+
+
 class User(msgspec.Struct, frozen=True, kw_only=True):
     """A user, as people see them."""
 
     user_id: str
     num_adapters: int
     created_at: str  # RFC 3339, UTC
+    fallback: str | None = None  # none or base; None: the deployment's option
+    limits: dict[str, object] = {}
+    metadata: dict[str, object] = {}

@@ -1,0 +1,1 @@
+"""The catalog's schema through time; Alembic runs these when a catalog is opened."""
