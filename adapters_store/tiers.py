@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunefleet.adapters_store.byte_budget import ByteBudget
-from tunefleet.adapters_store.objects import ObjectStore, download
+from tunefleet.adapters_store.downloads import download
+from tunefleet.adapters_store.objects import ObjectStore
 from tunefleet.adapters_store.prepare import PreparedDtype, prepare_adapter, prepared_bytes
 from tunefleet.adapters_store.threads import Runner
 from tunefleet.adapters_store.validation import CheckedAdapter, Identity, check_tensors, identify

@@ -13,7 +13,8 @@ import pytest
 
 from adapter_factory import make_adapter, make_manifest, write_config
 from tunefleet.adapters_store.catalog import Catalog
-from tunefleet.adapters_store.objects import MemoryStore, StoredObject
+from tunefleet.adapters_store.memory_store import MemoryStore
+from tunefleet.adapters_store.objects import StoredObject
 from tunefleet.adapters_store.store import AdapterStore, check_metadata
 from tunefleet.config import Options
 from tunefleet.core import ADAPTER_FILES
@@ -46,8 +47,10 @@ class BrokenStore(MemoryStore):
 class LyingStore(MemoryStore):
     """Gives other bytes than it got."""
 
-    def open(self, key: str) -> StoredObject:
-        stored = super().open(key)
+    def open(
+        self, key: str, *, start: int = 0, length: int | None = None, etag: str | None = None
+    ) -> StoredObject:
+        stored = super().open(key, start=start, length=length, etag=etag)
         content = bytearray(stored.stream.read())
         content[-1] ^= 1
         return StoredObject(type(stored.stream)(bytes(content)), stored.size_bytes)  # type: ignore[call-arg]
@@ -77,7 +80,7 @@ def adapter(tmp_path: Path, seed: int = 0) -> Path:
 
 
 def keys(store: AdapterStore) -> list[str]:
-    return list(store.objects.list(""))
+    return [stored.key for stored in store.objects.list("")]
 
 
 async def test_a_push_answers_as_the_contract_says_and_is_live_at_once(tmp_path: Path) -> None:

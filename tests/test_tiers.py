@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from adapter_factory import make_adapter, make_manifest
-from tunefleet.adapters_store.objects import MemoryStore, StoredObject
+from tunefleet.adapters_store.memory_store import MemoryStore
+from tunefleet.adapters_store.objects import StoredObject
 from tunefleet.adapters_store.prepare import prepare_adapter
 from tunefleet.adapters_store.tiers import RETRY_AFTER_S, Tiers, default_host_dir
 from tunefleet.adapters_store.validation import check_adapter
@@ -42,16 +43,18 @@ class WatchedStore(MemoryStore):
         self.may_answer = threading.Event()
         self.may_answer.set()
 
-    def open(self, key: str) -> StoredObject:
+    def open(
+        self, key: str, *, start: int = 0, length: int | None = None, etag: str | None = None
+    ) -> StoredObject:
         if key.endswith(WEIGHTS):
             self.num_downloads += 1
             assert self.may_answer.wait(20)
         if self.failure is not None:
             raise self.failure
-        return super().open(key)
+        return super().open(key, start=start, length=length, etag=etag)
 
     def change(self, key: str, change: Callable[[bytes], bytes]) -> None:
-        self._objects[key] = change(self._objects[key])
+        self.replace(key, change(super().open(key).stream.read()))
 
 
 class Clock:
