@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tunefleet.core import AdapterRef, FinishReason, ReplicaInfo, SamplingParams
+from tunefleet.core import AdapterRef, FinishReason, PinTier, ReplicaInfo, SamplingParams
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
@@ -51,9 +51,29 @@ class Wake(Message, frozen=True):
 
 
 class Forget(Message, frozen=True):
-    """Drop every copy of an adapter on this machine (it was deleted)."""
+    """Drop every copy of an adapter on this machine (it was deleted). Answered by Forgotten."""
 
     digest: str
+
+
+class HeldAdapter(msgspec.Struct, frozen=True):
+    """An adapter that is exempt from eviction down to ``tier``, and brought there before it is asked for."""
+
+    adapter: AdapterRef
+    tier: PinTier  # "disk": the files as uploaded; "host": the prepared file too
+
+
+class Hold(Message, frozen=True):
+    """All that this router holds, instead of what it held before; ends with its connection."""
+
+    adapters: tuple[HeldAdapter, ...]
+
+
+class Prefetch(Message, frozen=True):
+    """Bring an adapter up to a tier. Not answered: what can't be fetched is only logged."""
+
+    adapter: AdapterRef
+    tier: PinTier
 
 
 class StatusRequest(Message, frozen=True):
@@ -86,9 +106,13 @@ class WakeFailed(Message, frozen=True):
 
 
 class Forgotten(Message, frozen=True):
-    """The copies in host and disk tier are gone; replicas drop theirs when no sequence uses it."""
+    """The copies in host and disk tier are gone, and those in slots that no sequence uses: how many."""
 
     digest: str
+    disk: int = 0
+    host: int = 0
+    device: int = 0
+    in_use: int = 0  # replicas that still run a sequence with it, and drop it right after
 
 
 class Status(Message, frozen=True):
@@ -97,6 +121,7 @@ class Status(Message, frozen=True):
     replicas: tuple[ReplicaInfo, ...]
     pss_bytes: dict[str, int]  # proportional memory of host and parked process
     host_tier: dict[str, int]  # digest -> bytes
+    disk_tier: dict[str, int] = {}  # digest -> bytes
     last_error: str = ""
 
 
@@ -181,6 +206,13 @@ class AdapterMapped(Message, frozen=True):
     digest: str
 
 
+class Evicted(Message, frozen=True):
+    """The adapter of an Evict is in no slot any more; ``was_active``: it had been in one."""
+
+    digest: str
+    was_active: bool
+
+
 # host process -> replica
 class Drain(Message, frozen=True):
     timeout_s: float
@@ -196,13 +228,18 @@ class AdapterReady(Message, frozen=True):
 
 
 class AdapterUnavailable(Message, frozen=True):
+    """The adapter can't be had from the store's objects under ``key``; another user's may be sound."""
+
     digest: str
+    key: str
     message: str
     code: str
     retry_after_s: float
 
 
 class Evict(Message, frozen=True):
+    """Empty the adapter's slot as soon as no sequence uses it. Answered by Evicted."""
+
     digest: str
 
 
@@ -241,11 +278,11 @@ class ParkFailed(Message, frozen=True):
     message: str
 
 
-RouterToHost = Hello | Wake | Forget | StatusRequest
+RouterToHost = Hello | Wake | Forget | Hold | Prefetch | StatusRequest
 HostToRouter = Welcome | Refused | Replicas | WakeFailed | Forgotten | Status
 RouterToReplica = Submit | Cancel
 ReplicaToRouter = Step | Rejected
-ReplicaToHost = ReplicaHello | ReplicaReady | ReplicaLoad | FetchAdapter | AdapterMapped
+ReplicaToHost = ReplicaHello | ReplicaReady | ReplicaLoad | FetchAdapter | AdapterMapped | Evicted
 HostToReplica = Drain | AdapterReady | AdapterUnavailable | Evict
 HostToParked = Fork
 ParkedToHost = Parked | ParkFailed | Forked | Reaped

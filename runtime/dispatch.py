@@ -6,10 +6,11 @@ ships for tests. Nothing on the router's side of this seam may assume that a rep
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from tunefleet.messages import Progress, Status, Submit
+from tunefleet.core import AdapterRef, PinTier
+from tunefleet.messages import Forgotten, HeldAdapter, Progress, Status, Submit
 
 
 class Run(Protocol):
@@ -49,8 +50,20 @@ class Dispatcher(Protocol):
         """Returns when a replica is READY; seconds that it took."""
         ...
 
-    async def forget(self, digest: str) -> None:
-        """Drops every copy of an adapter on the machine."""
+    async def forget(self, digest: str) -> Forgotten:
+        """Drops every copy of an adapter on the machine, and says how many there were.
+
+        Raises:
+            ReplicaError: the host process gave no answer (``host_unavailable``); ask again.
+        """
+        ...
+
+    def hold(self, adapters: Sequence[HeldAdapter]) -> None:
+        """Exempts these adapters from eviction, and no others of this router; brings them to their tier."""
+        ...
+
+    async def prefetch(self, ref: AdapterRef, tier: PinTier) -> None:
+        """Has an adapter brought up to ``tier``; returns once that is asked for, not when it is there."""
         ...
 
     async def status(self) -> Status: ...

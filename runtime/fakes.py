@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from tunefleet.core import FinishReason
-from tunefleet.messages import Progress, Status, Submit, Timing
+from tunefleet.core import AdapterRef, FinishReason, PinTier
+from tunefleet.messages import Forgotten, HeldAdapter, Progress, Status, Submit, Timing
 
 Answer = Callable[[Submit], Sequence[int]]
 
@@ -52,6 +52,8 @@ class FakeDispatcher:
         error: raised instead of an answer, when set.
         gate: when set, each token waits for ``gate.release()``.
         submitted, cancelled, running: what was asked of it.
+        forgotten, held, prefetched: the same, of adapters' copies.
+        copies: what ``forget`` says it removed, by digest; one not named here was nowhere.
     """
 
     def __init__(self, answer: Answer) -> None:
@@ -61,6 +63,9 @@ class FakeDispatcher:
         self.submitted: list[Submit] = []
         self.cancelled: list[str] = []
         self.forgotten: list[str] = []
+        self.held: tuple[HeldAdapter, ...] = ()
+        self.prefetched: list[tuple[AdapterRef, PinTier]] = []
+        self.copies: dict[str, Forgotten] = {}
         self.running: set[str] = set()
 
     async def start(self) -> None: ...
@@ -79,8 +84,15 @@ class FakeDispatcher:
     async def warmup(self) -> float:
         return 0.0
 
-    async def forget(self, digest: str) -> None:
+    async def forget(self, digest: str) -> Forgotten:
         self.forgotten.append(digest)
+        return self.copies.pop(digest, Forgotten(digest=digest))
+
+    def hold(self, adapters: Sequence[HeldAdapter]) -> None:
+        self.held = tuple(adapters)
+
+    async def prefetch(self, ref: AdapterRef, tier: PinTier) -> None:
+        self.prefetched.append((ref, tier))
 
     async def status(self) -> Status:
         return Status(pid=0, parked_pid=0, replicas=(), pss_bytes={}, host_tier={})

@@ -213,6 +213,7 @@ class _Owned:
             replicas=supervisor.replicas.infos(),
             pss_bytes=self._memory.pss_bytes(pids),
             host_tier=self.lending.tiers.host_bytes(),
+            disk_tier=self.lending.tiers.disk_bytes(),
             last_error=supervisor.last_error,
         )
 

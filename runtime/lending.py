@@ -65,6 +65,7 @@ def _unavailable(ref: AdapterRef, error: TunefleetError) -> AdapterUnavailable:
     retry_after_s = error.retry_after_s if isinstance(error, AdapterLoadFailed) else None
     return AdapterUnavailable(
         digest=ref.digest,
+        key=ref.key,
         message=error.message,
         code=error.code,
         retry_after_s=RETRY_AFTER_S if retry_after_s is None else retry_after_s,

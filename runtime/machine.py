@@ -9,18 +9,22 @@ import asyncio
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from tunefleet.config import Options, context_length, runtime_dir, state_dir
-from tunefleet.core import Manifest, ReplicaInfo
+from tunefleet.core import AdapterRef, Manifest, PinTier, ReplicaInfo
 from tunefleet.errors import CapacityError, ConfigError, ReplicaError
 from tunefleet.messages import (
     Forget,
     Forgotten,
+    HeldAdapter,
     Hello,
+    Hold,
     HostOptions,
     HostToRouter,
     Message,
+    Prefetch,
     Refused,
     Replicas,
     Status,
@@ -83,6 +87,7 @@ class Machine:
         self._changed = asyncio.Event()
         self._waking: dict[str, WakeFailed | None] = {}  # requests that wait for a replica
         self._channels: dict[str, asyncio.Future[Channel]] = {}
+        self._held: tuple[HeldAdapter, ...] = ()  # told again to a host process that was lost
         self._closing = False
         self._joining: asyncio.Task[None] | None = None
 
@@ -125,8 +130,20 @@ class Machine:
         await self.place(f"warmup-{uuid.uuid4().hex}", None)
         return time.monotonic() - started
 
-    async def forget(self, digest: str) -> None:
-        await self._ask(Forget(digest=digest), f"forget {digest}")
+    async def forget(self, digest: str) -> Forgotten:
+        forgotten = await self._ask(Forget(digest=digest), f"forget {digest}")
+        assert isinstance(forgotten, Forgotten)
+        return forgotten
+
+    def hold(self, adapters: Sequence[HeldAdapter]) -> None:
+        self._held = tuple(adapters)
+        if self._host is not None:
+            self._host.send(Hold(adapters=self._held))
+
+    async def prefetch(self, ref: AdapterRef, tier: PinTier) -> None:
+        await self._joined()
+        if self._host is not None:
+            self._host.send(Prefetch(adapter=ref, tier=tier))
 
     async def status(self) -> Status:
         status = await self._ask(StatusRequest(), "status")
@@ -226,6 +243,8 @@ class Machine:
                 await asyncio.to_thread(ensure_host, self._folder, self._state, self._log)
                 await asyncio.sleep(0.02)
         self._replicas = welcome.replicas
+        if self._held and self._host is not None:
+            self._host.send(Hold(adapters=self._held))
         self._notify()
 
     async def _hello(self) -> Welcome:

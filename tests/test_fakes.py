@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from tunefleet.core import FinishReason, SamplingParams
+from tunefleet.core import AdapterRef, FinishReason, SamplingParams
 from tunefleet.errors import AdapterLoadFailed
-from tunefleet.messages import Progress, Submit
+from tunefleet.messages import Forgotten, HeldAdapter, Progress, Submit
 from tunefleet.runtime.dispatch import Dispatcher, Run
 from tunefleet.runtime.fakes import FakeDispatcher
 
@@ -88,10 +88,18 @@ def test_the_rest_of_the_contract_answers_too() -> None:
     async def scenario() -> None:
         dispatcher = FakeDispatcher(backwards)
         await dispatcher.start()
-        await dispatcher.forget("d" * 64)
+        digest = "d" * 64
+        dispatcher.copies[digest] = Forgotten(digest=digest, disk=1, host=1)
+        assert await dispatcher.forget(digest) == Forgotten(digest=digest, disk=1, host=1)
+        assert await dispatcher.forget(digest) == Forgotten(digest=digest)
+        ref = AdapterRef(digest, "t", "t/key", digest, 1, 1)
+        dispatcher.hold([HeldAdapter(ref, "disk")])
+        await dispatcher.prefetch(ref, "host")
         assert await dispatcher.warmup() == 0.0
         assert (await dispatcher.status()).replicas == ()
-        assert dispatcher.forgotten == ["d" * 64]
+        assert dispatcher.forgotten == [digest, digest]
+        assert dispatcher.held == (HeldAdapter(ref, "disk"),)
+        assert dispatcher.prefetched == [(ref, "host")]
         await dispatcher.close()
 
     asyncio.run(scenario())
