@@ -12,6 +12,7 @@ _STRING = re.compile(
     r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL
 )  # an open string runs to the end: linear time
 _BRACKET = re.compile(r"[\[\]{}]")
+_INNER_OBJECT = re.compile(r"\{[^{}]*\}")
 _MAX_DIGITS = 40  # no field of ours needs more; Python's own limit is 4300
 
 
@@ -19,8 +20,14 @@ class JsonInvalid(ValueError):
     """The text is not JSON that we accept; callers turn this into their own error."""
 
 
-def parse_object(raw: bytes, *, max_depth: int) -> dict[str, JsonValue]:
-    """Parses one JSON object.
+def parse_object(
+    raw: bytes, *, max_depth: int, max_keys: int | None = None, max_containers: int | None = None
+) -> dict[str, JsonValue]:
+    """Parses one JSON object. The limits hold before anything is made of the text.
+
+    Args:
+        max_keys: of the object itself (keys that nest deeper than one level count, too).
+        max_containers: lists and objects in all.
 
     Raises:
         JsonInvalid: anything else than one plain JSON object in UTF-8.
@@ -33,7 +40,9 @@ def parse_object(raw: bytes, *, max_depth: int) -> dict[str, JsonValue]:
         text = text.lstrip(" \t\r\n")
         if not text.startswith("{"):
             raise JsonInvalid("it is not a JSON object")
-    _check_depth(text, max_depth)
+    structure = _STRING.sub("", text)
+    _check_counts(structure, max_keys, max_containers)
+    _check_depth(structure, max_depth)
     try:
         value: dict[str, JsonValue] = json.loads(
             text,
@@ -54,10 +63,22 @@ def shown(text: str, limit: int = 120) -> str:
     return ascii(cut)
 
 
-def _check_depth(text: str, max_depth: int) -> None:
+def _check_counts(structure: str, max_keys: int | None, max_containers: int | None) -> None:
+    """What is counted costs no objects; ``structure`` is the text without its strings."""
+    num_containers = structure.count("[") + structure.count("{")
+    if max_containers is not None and num_containers > max_containers:
+        raise JsonInvalid(f"it holds {num_containers} lists and objects, the limit is {max_containers}")
+    if max_keys is None or structure.count(":") <= max_keys:
+        return
+    num_keys = _INNER_OBJECT.sub("", structure.removeprefix("{")).count(":")
+    if num_keys > max_keys:
+        raise JsonInvalid(f"it has {num_keys} keys, the limit is {max_keys}")
+
+
+def _check_depth(structure: str, max_depth: int) -> None:
     """Brackets outside strings, before the parser recurses into them."""
     depth = 0
-    for bracket in _BRACKET.finditer(_STRING.sub("", text)):
+    for bracket in _BRACKET.finditer(structure):
         depth += 1 if bracket.group() in "[{" else -1
         if depth > max_depth:
             raise JsonInvalid(f"it nests deeper than {max_depth} levels")

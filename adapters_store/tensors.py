@@ -27,6 +27,7 @@ MAX_HEADER_BYTES = 1024 * 1024
 MAX_TENSORS = 20_000
 MAX_NAME_CHARS = 512
 MAX_DIMS = 8
+MAX_CONTAINERS = 1 + 1 + 3 * MAX_TENSORS  # the header, its metadata; per tensor an entry and its two lists
 CHUNK_BYTES = 4 * 1024 * 1024
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -67,14 +68,15 @@ class TensorFile:
         entry = self.entries[name]
         return self._read(entry, entry.start, math.prod(entry.shape)).reshape(entry.shape)
 
-    def chunks(self, name: str) -> Iterator[tuple[int, Float32Array]]:
-        """Flat pieces as ``(index of the first item, float32 values)``, at most ``CHUNK_BYTES`` each."""
+    def rows(self, name: str) -> Iterator[tuple[int, Float32Array]]:
+        """Blocks of whole rows, ``(index of the first, [rows, last dimension])``, about ``CHUNK_BYTES`` each."""
         entry = self.entries[name]
-        num_items = math.prod(entry.shape)
-        step = CHUNK_BYTES // 4
-        for first in range(0, num_items, step):
-            start = entry.start + first * ITEM_BYTES[entry.dtype]
-            yield first, self._read(entry, start, min(step, num_items - first))
+        num_rows, row_items = math.prod(entry.shape[:-1]), entry.shape[-1] if entry.shape else 1
+        step = max(1, CHUNK_BYTES // 4 // row_items)
+        for first in range(0, num_rows, step):
+            count = min(step, num_rows - first)
+            start = entry.start + first * row_items * ITEM_BYTES[entry.dtype]
+            yield first, self._read(entry, start, count * row_items).reshape(count, row_items)
 
     def _read(self, entry: TensorEntry, start: int, num_items: int) -> Float32Array:
         raw = _pread(self._fd, start, num_items * ITEM_BYTES[entry.dtype])
@@ -124,7 +126,8 @@ def _read_header(fd: int, file_bytes: int) -> tuple[dict[str, JsonValue], int]:
     if not raw.startswith(b"{"):
         raise _invalid("its header doesn't start with '{'")
     try:
-        return parse_object(raw, max_depth=4), 8 + length
+        header = parse_object(raw, max_depth=4, max_keys=MAX_TENSORS + 1, max_containers=MAX_CONTAINERS)
+        return header, 8 + length
     except JsonInvalid as error:
         raise _invalid(f"its header is refused: {error}") from error
 

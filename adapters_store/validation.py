@@ -11,11 +11,13 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
+from tunefleet.adapters_store.base_names import base_warning
 from tunefleet.adapters_store.digest import adapter_digest, file_sha256
 from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES, LoraConfig, matches, parse_lora_config
 from tunefleet.adapters_store.strict_json import shown
-from tunefleet.adapters_store.tensors import TensorEntry, TensorFile, read_tensors
+from tunefleet.adapters_store.tensors import Float32Array, TensorEntry, TensorFile, read_tensors
 from tunefleet.core import CONFIG_FILE, WEIGHTS_FILE, LinearSpec, Manifest
 from tunefleet.errors import AdapterInvalid
 
@@ -27,8 +29,15 @@ MAX_WEIGHT_CHANGE = 1e6
 Trained adapters stay below 1e2; far beyond, activations overflow, which in a shared batch is not only the
 owner's problem."""
 
-SMALLEST_EFFECT = float(np.finfo(np.float32).tiny)
-"""Folded values below this are lost in float32."""
+LOST_BELOW = {
+    "float32": float(np.finfo(np.float32).tiny),
+    "bfloat16": float(np.finfo(np.float32).tiny),
+    "float16": float(np.nextafter(2.0**-25, 1.0)),  # half of its smallest number is rounded to zero
+}
+"""Folded values that the served dtype rounds, or a device flushes, to zero."""
+
+LARGEST = {"float32": MAX_WEIGHT_CHANGE, "bfloat16": MAX_WEIGHT_CHANGE, "float16": 65504.0}
+"""Folded values that the served dtype can hold, and that an adapter may have."""
 
 MAX_WARNINGS = 20
 
@@ -119,7 +128,7 @@ def check_tensors(folder: Path, identity: Identity, manifest: Manifest, *, max_r
     config = identity.config
     with read_tensors(folder / WEIGHTS_FILE) as tensors:
         modules = _plan(tensors.entries, config, manifest, max_rank)
-        _check_values(tensors, modules)
+        _check_values(tensors, modules, manifest.dtype)
     return CheckedAdapter(
         digest=identity.digest,
         config_sha256=identity.config_sha256,
@@ -238,45 +247,65 @@ def _check_shapes(lora_a: TensorEntry, lora_b: TensorEntry, spec: LinearSpec, ra
             )
 
 
-def _check_values(tensors: TensorFile, modules: dict[str, ModulePlan]) -> None:
+def _check_values(tensors: TensorFile, modules: dict[str, ModulePlan], dtype: str) -> None:
+    """Finite, in range, and not without effect once folded and cast to the base's dtype."""
     has_effect = False
     for plan in modules.values():
-        max_a = _max_abs(tensors, plan.lora_a)
-        max_b = _max_abs(tensors, plan.lora_b) * abs(plan.scaling)
-        if not max(max_a, max_b, plan.rank * max_a * max_b) <= MAX_WEIGHT_CHANGE:
-            raise _refused(
-                "out_of_range",
-                plan.lora_b,
-                f"with scaling {plan.scaling:.4g} may change weights by more than {MAX_WEIGHT_CHANGE:g}: "
-                "lora_alpha or the weights are far out of range",
-            )
-        has_effect = has_effect or (max_a > 0 and max_b >= SMALLEST_EFFECT)
+        _check_scaling(plan)
+        peaks_a = _peaks(tensors, plan.lora_a, by_row=True)
+        peaks_b = _peaks(tensors, plan.lora_b, by_row=False) * abs(plan.scaling)
+        _check_range(plan, float(peaks_a.max()), float(peaks_b.max()), dtype)
+        kept = (peaks_a >= LOST_BELOW[dtype]) & (peaks_b >= LOST_BELOW[dtype])
+        has_effect = has_effect or bool(kept.any())
     if not has_effect:
         raise AdapterInvalid(
-            "every module's lora_A or lora_B is zero: it would answer like the base; "
+            f"in every module lora_A or lora_B is zero, as given or in {dtype}: it would answer like the base; "
             "was it saved before training?",
             code="adapter_has_no_effect",
             param=WEIGHTS_FILE,
         )
 
 
-def _max_abs(tensors: TensorFile, name: str) -> float:
-    """Largest magnitude; one pass that also finds NaN and infinity."""
-    largest = 0.0
-    for first, values in tensors.chunks(name):
-        low, high = float(values.min()), float(values.max())
-        if not np.isfinite(low) or not np.isfinite(high):
-            index = first + int(np.argmin(np.isfinite(values)))
-            row = index // tensors.entries[name].shape[-1]
-            raise _refused("not_finite", name, f"holds {values[index - first]} in row {row}")
-        largest = max(largest, abs(low), abs(high))
-    return largest
+def _check_scaling(plan: ModulePlan) -> None:
+    """Folding multiplies in float32: there infinity times zero would be NaN."""
+    if not abs(plan.scaling) <= float(np.finfo(np.float32).max):
+        raise _refused("out_of_range", plan.lora_b, f"has the scaling {plan.scaling:.4g}: check lora_alpha")
+
+
+def _check_range(plan: ModulePlan, max_a: float, max_b: float, dtype: str) -> None:
+    if not max(max_a, max_b, plan.rank * max_a * max_b) <= MAX_WEIGHT_CHANGE:
+        raise _refused(
+            "out_of_range",
+            plan.lora_b,
+            f"with scaling {plan.scaling:.4g} may change weights by more than {MAX_WEIGHT_CHANGE:g}: "
+            "lora_alpha or the weights are far out of range",
+        )
+    if max(max_a, max_b) > LARGEST[dtype]:
+        raise _refused(
+            "out_of_range",
+            plan.lora_b,
+            f"with scaling {plan.scaling:.4g} doesn't fit into {dtype}, in which this base is served: "
+            "serve it in bfloat16 or float32",
+        )
+
+
+def _peaks(tensors: TensorFile, name: str, *, by_row: bool) -> npt.NDArray[np.float64]:
+    """Largest magnitude of each row or each column of a matrix; one pass that also finds NaN and infinity."""
+    rows: list[Float32Array] = []
+    for first, block in tensors.rows(name):
+        peaks = np.abs(block).max(axis=1 if by_row else 0)
+        if not np.isfinite(peaks).all():
+            row, column = np.argwhere(~np.isfinite(block))[0]
+            raise _refused("not_finite", name, f"holds {block[row, column]} in row {first + row}")
+        rows.append(peaks)
+    found = np.concatenate(rows) if by_row else np.max(rows, axis=0)
+    return found.astype(np.float64)
 
 
 def _warnings(config: LoraConfig, manifest: Manifest, modules: dict[str, ModulePlan]) -> Iterable[str]:
-    hint = config.base_model_name_or_path
-    if hint and hint.rstrip("/").rpartition("/")[2].lower() != manifest.name.lower():
-        yield f"base_model_name_or_path is {shown(hint)}, this base is {manifest.name}; its shapes fit"
+    about_base = base_warning(config.base_model_name_or_path, manifest.name)
+    if about_base:
+        yield about_base
     if config.task_type not in (None, "CAUSAL_LM"):
         yield f"task_type is {shown(config.task_type)}; the adapter is served for text generation"
     if config.bias != "none":

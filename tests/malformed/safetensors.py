@@ -40,7 +40,7 @@ MALFORMED = {
     "a list": (factory.with_header(b"[]", b""), "start with"),
     "byte order mark": (factory.with_header(b"\xef\xbb\xbf{}", b""), "start with"),
     "not UTF-8": (factory.with_header(b'{"\xff": 1}', b""), "not UTF-8"),
-    "deep JSON": (factory.with_header(b'{"t":' + b"[" * 100_000, b""), "deeper"),
+    "deep JSON": (factory.with_header(b'{"t":' + b"[" * 100_000, b""), "deeper|lists and objects"),
     "metadata not an object": (factory.with_header({"__metadata__": [1]}, b""), "__metadata__"),
     "metadata not text": (factory.with_header({"__metadata__": {"a": 1}}, b""), "__metadata__"),
     "same name twice": (
