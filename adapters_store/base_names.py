@@ -18,7 +18,7 @@ _FOLDER = re.compile(r"[/.~\\]|[A-Za-z]:[\\/]")
 
 
 def base_warning(hint: str | None, base: str) -> str | None:
-    """A sentence where ``hint`` is not the name of ``base``; None where it is, whatever its owner and case."""
+    """A sentence where ``hint`` doesn't name ``base``; None where it does, whatever owner and case."""
     if not hint:
         return "base_model_name_or_path is empty: nothing says which base it was trained on; its shapes fit"
     told, name = f"base_model_name_or_path is {shown(hint)}", last_part(hint)

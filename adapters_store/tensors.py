@@ -69,7 +69,7 @@ class TensorFile:
         return self._read(entry, entry.start, math.prod(entry.shape)).reshape(entry.shape)
 
     def rows(self, name: str) -> Iterator[tuple[int, Float32Array]]:
-        """Blocks of whole rows, ``(index of the first, [rows, last dimension])``, about ``CHUNK_BYTES`` each."""
+        """``(index of the first row, [rows, last dimension])``, of about ``CHUNK_BYTES`` each."""
         entry = self.entries[name]
         num_rows, row_items = math.prod(entry.shape[:-1]), entry.shape[-1] if entry.shape else 1
         step = max(1, CHUNK_BYTES // 4 // row_items)

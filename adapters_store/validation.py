@@ -259,8 +259,8 @@ def _check_values(tensors: TensorFile, modules: dict[str, ModulePlan], dtype: st
         has_effect = has_effect or bool(kept.any())
     if not has_effect:
         raise AdapterInvalid(
-            f"in every module lora_A or lora_B is zero, as given or in {dtype}: it would answer like the base; "
-            "was it saved before training?",
+            f"in every module lora_A or lora_B is zero, as given or in {dtype}: "
+            "it would answer like the base; was it saved before training?",
             code="adapter_has_no_effect",
             param=WEIGHTS_FILE,
         )

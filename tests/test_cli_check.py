@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import msgspec
@@ -42,15 +43,37 @@ def check(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 Capture = pytest.CaptureFixture[str]
 
 
-def test_an_adapter_that_would_be_served_is_described(
+def facts_of(out: str) -> dict[str, str]:
+    """The lines of ``name  value`` before the table."""
+    pairs = (line.split("  ", 1) for line in out.partition("\n\n")[0].splitlines())
+    return {name: value.strip() for name, value in pairs}
+
+
+def test_an_adapter_that_would_be_served_is_described_module_by_module(
     tmp_path: Path, prepared_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    folder = make_adapter(tmp_path / "adapter", MANIFEST, config={"task_type": "SEQ_CLS"})
+    config: dict[str, object] = {"task_type": "SEQ_CLS", "alpha_pattern": {"v_proj": 3}}
+    ranks = {"model.layers.1.mlp.down_proj": 7}
+    folder = make_adapter(tmp_path / "adapter", MANIFEST, config=config, ranks=ranks)
     assert check(monkeypatch, folder, "--base-model", prepared_base) == 0
     out, err = capsys.readouterr()
-    facts = dict(line.split("  ", 1) for line in out.splitlines())
-    assert facts["rank"].strip() == "4"
-    assert facts["target modules"].strip() == "down_proj, q_proj, v_proj"
+    size = sum(len(content) for content in adapter_files(folder).values())
+    facts = facts_of(out)
+    assert len(facts.pop("digest")) == 64
+    assert facts == {
+        "verdict": "would be served on tiny",
+        "trained on": "tiny",
+        "size": f"{size:,} bytes",
+        "rank": "7, 64 allowed",
+        "alpha": "8",
+        "modules": "6 of the base's 14 linear layers",
+    }
+    assert [line.split("\t") for line in out.partition("\n\n")[2].splitlines()] == [
+        ["down_proj", "1", "4", "2", "24", "16", "F32"],
+        ["down_proj", "1", "7", "1.14286", "24", "16", "F32"],
+        ["q_proj", "2", "4", "2", "16", "16", "F32"],
+        ["v_proj", "2", "4", "0.75", "16", "8", "F32"],
+    ]
     assert err.startswith("warning: task_type is 'SEQ_CLS'")
 
 
@@ -65,31 +88,67 @@ def test_a_folder_and_an_archive_of_it_are_the_same_adapter(
         assert check(monkeypatch, path, "--json") == 0
         answers.append(json.loads(capsys.readouterr().out))
     assert answers[0] == answers[1]
+    assert answers[0]["served"]
     assert len(answers[0]["digest"]) == 64
 
 
-def test_what_would_be_refused_is_one_line_with_the_reason_and_exit_code_1(
+def test_what_would_be_refused_is_named_with_the_reason_and_exit_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     dora = make_adapter(tmp_path / "dora", MANIFEST)
     write_config(dora, {"use_dora": True})
     wide = make_adapter(tmp_path / "wide", make_manifest(), r=9)
+    make_adapter(tmp_path / "saved" / "alice", MANIFEST)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_bytes(b"no archive")
-    for arguments, reason in (
-        ([dora], "adapter_config.json: use_dora is set: DoRA is not served"),
-        ([wide, "--max-rank", 8], "has rank 9, the limit here is 8"),
-        ([tmp_path / "empty"], "adapter_config.json is missing"),
-        ([tmp_path / "file"], "the archive is refused"),
-        ([tmp_path / "none"], "there is no adapter at"),
-        ([wide, "--base-model", tmp_path / "none"], "is no Hugging Face id, no folder"),
+    for arguments, code, param, reason in (
+        ([dora], "unsupported_feature", "use_dora", "use_dora is set: DoRA is not served"),
+        ([wide, "--max-rank", 8], "rank_too_large", "lora_A.weight", "has rank 9, the limit here is 8"),
+        ([tmp_path / "empty"], "missing_file", "adapter_config.json", "adapter_config.json is missing"),
+        ([tmp_path / "saved"], "missing_file", "adapter_config.json", "saved/alice: check that folder"),
+        ([tmp_path / "file"], "invalid_archive", "archive", "the archive is refused"),
+        ([tmp_path / "none"], "adapter_invalid", "", "there is no adapter at"),
     ):
         assert check(monkeypatch, *arguments) == 1
         out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("tunefleet: ")
-        assert reason in err
-        assert err.count("\n") == 1
+        facts = facts_of(out)
+        assert (facts["verdict"], facts["code"], err) == ("would be refused", code, "")
+        assert facts.get("param", "").endswith(param)
+        assert reason in facts["reason"]
+        assert check(monkeypatch, *arguments, "--json") == 1
+        answer = json.loads(capsys.readouterr().out)
+        assert (answer["served"], answer["error"]["code"]) == (False, code)
+        assert reason in answer["error"]["message"]
+
+
+def test_a_base_that_is_not_there_is_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    folder = make_adapter(tmp_path / "adapter", MANIFEST)
+    assert check(monkeypatch, folder, "--base-model", tmp_path / "none") == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "is no Hugging Face id, no folder" in err
+
+
+def test_a_strangers_text_moves_no_cursor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    named = make_adapter(tmp_path / "a", MANIFEST, config={"base_model_name_or_path": "\x1b[2Jtiny\n"})
+    assert check(monkeypatch, named) == 0
+    assert "\x1b" not in "".join(capsys.readouterr())
+    field = make_adapter(tmp_path / "b", MANIFEST, config={"\x1b[2J\nuse_it": True})
+    assert check(monkeypatch, field) == 1
+    assert "\x1b" not in "".join(capsys.readouterr())
+
+
+def test_a_sparse_giant_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    folder = make_adapter(tmp_path / "adapter", MANIFEST)
+    os.truncate(folder / "adapter_model.safetensors", 2**40)
+    assert check(monkeypatch, folder) == 1
+    assert facts_of(capsys.readouterr().out)["code"] == "adapter_too_large"
 
 
 def test_the_base_and_the_largest_rank_are_the_servers_options(
@@ -99,11 +158,11 @@ def test_the_base_and_the_largest_rank_are_the_servers_options(
     assert check(monkeypatch, folder) == 0
     monkeypatch.setenv("TUNEFLEET_MAX_ADAPTER_RANK", "8")
     assert check(monkeypatch, folder) == 1
-    assert "the limit here is 8" in capsys.readouterr().err
+    assert "the limit here is 8" in capsys.readouterr().out
     assert check(monkeypatch, folder, "--max-rank", 9) == 0
     monkeypatch.setenv("TUNEFLEET_MAX_UPLOAD_BYTES", "5000")
     assert check(monkeypatch, folder, "--max-rank", 9) == 1
-    assert "larger than 5000 bytes" in capsys.readouterr().err
+    assert "larger than 5000 bytes" in capsys.readouterr().out
 
 
 def test_wrong_usage_is_exit_code_2() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tunefleet.cli.output import print_json, print_pairs, print_table, print_version, print_warnings
+from tunefleet.cli.output import print_json, print_table, print_version, print_warnings
 from tunefleet.core import DEFAULT_ADAPTER
 from tunefleet.errors import RequestInvalid
 
@@ -100,23 +100,9 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check an adapter without a server: would an upload be taken?"""
-    import asyncio
+    from tunefleet.cli.check import print_check
 
-    from tunefleet.cli.check import check_offline
-
-    checked = asyncio.run(check_offline(folder, base_model, max_rank))
-    if as_json:
-        print_json(checked)
-        return
-    print_pairs(
-        [
-            ("digest", checked.digest),
-            ("rank", checked.rank),
-            ("target modules", ", ".join(checked.target_modules)),
-            ("size", f"{checked.size_bytes:,} bytes"),
-        ]
-    )
-    print_warnings(checked.warnings)
+    print_check(folder, base_model, max_rank, as_json=as_json)
 
 
 def _metadata(text: str | None) -> dict[str, object] | None:
