@@ -77,9 +77,10 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
-        """Objects whose keys start with ``prefix``, sorted by key.
+        """Objects whose keys start with ``prefix``: those of one folder come together, sorted.
 
-        On a versioned bucket those too of which only older versions are left.
+        Most stores sort all keys; SeaweedFS sorts level by level. On a versioned bucket objects of which only
+        older versions are left are among them.
         """
         ...
 
@@ -111,9 +112,13 @@ def new_upload_id() -> str:
 
 def check_key(key: str) -> str:
     """Returns ``key`` unchanged, or raises StoreError (``invalid_key``): it might leave the store."""
-    if len(key) <= 1000 and all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+    if is_key(key):
         return key
     raise StoreError(f"{key[:200]!r} is no key of this store", code="invalid_key", param="key")
+
+
+def is_key(key: str) -> bool:
+    return len(key) <= 1000 and all(_SEGMENT.fullmatch(segment) for segment in key.split("/"))
 
 
 def shown(key: str) -> str:
@@ -149,13 +154,17 @@ def open_store(store_url: str) -> ObjectStore:
     """The store of a ``store_url`` option.
 
     Raises:
-        ConfigError: a scheme that isn't supported.
+        ConfigError: a scheme that isn't supported, or a part of the URL that isn't understood.
     """
-    from tunefleet.adapters_store.file_store import FileStore  # it builds on this module
+    from tunefleet.adapters_store.file_store import FileStore  # both build on this module
+    from tunefleet.adapters_store.s3_store import S3Store
+    from tunefleet.adapters_store.s3_url import SHAPE, parse_s3_url
 
     scheme = urlsplit(store_url).scheme
+    if scheme == "s3":
+        return S3Store(parse_s3_url(store_url))
     if scheme != "file":
         raise ConfigError(
-            f"store_url {store_url!r} has scheme {scheme!r}; supported: file:///path", param="store_url"
+            f"store_url has scheme {scheme[:40]!r}; supported: file:///path and {SHAPE}", param="store_url"
         )
     return FileStore(store_folder(store_url) / "objects")

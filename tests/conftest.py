@@ -3,9 +3,46 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from s3_servers import S3Server
 
 # Tiny tensors on many threads cost more in waking threads than in work; before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def s3_credentials() -> Iterator[None]:
+    """The test servers' keys where everybody looks for them, subprocesses too."""
+    from s3_servers import CREDENTIALS
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        patch.delenv("AWS_SESSION_TOKEN", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def juicefs(tmp_path_factory: pytest.TempPathFactory, s3_credentials: None) -> Iterator[S3Server]:
+    """A JuiceFS gateway that starts at first use; make a bucket of your own."""
+    from s3_servers import JuiceFS, running
+
+    with running(JuiceFS, tmp_path_factory.mktemp("juicefs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory, s3_credentials: None) -> Iterator[S3Server]:
+    """A SeaweedFS server that starts at first use; make a bucket of your own."""
+    from s3_servers import SeaweedFS, running
+
+    with running(SeaweedFS, tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
