@@ -10,14 +10,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tunefleet.client import AsyncClient as AsyncClient
+    from tunefleet.async_client import AsyncClient as AsyncClient
     from tunefleet.client import Client as Client
     from tunefleet.fleet import Fleet as Fleet
 
 __version__ = "0.1.0"
 __all__ = ["AsyncClient", "Client", "Fleet", "__version__"]
 
-_HOMES = {"Fleet": "tunefleet.fleet", "Client": "tunefleet.client", "AsyncClient": "tunefleet.client"}
+_HOMES = {
+    "Fleet": "tunefleet.fleet",
+    "Client": "tunefleet.client",
+    "AsyncClient": "tunefleet.async_client",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -17,6 +17,7 @@ class Asking(TypedDict, total=False):
     name: str  # which of the user's adapters; "default"
     version: int  # instead of the live one
     fallback: Fallback  # who answers a user without an adapter
+    session_id: str  # what a canary sticks to; else each request is a session
     max_tokens: int  # what fits
     temperature: float  # 1.0; 0 is greedy
     top_p: float  # 1.0: off
@@ -26,6 +27,9 @@ class Asking(TypedDict, total=False):
     ignore_eos: bool
 
 
+_HEADERS = {"name", "version", "fallback", "session_id"}
+
+
 def parameters(asking: Asking) -> dict[str, object]:
     """Those that belong into a request's body; the others say whose adapter answers."""
-    return {name: value for name, value in asking.items() if name not in {"name", "version", "fallback"}}
+    return {name: value for name, value in asking.items() if name not in _HEADERS}

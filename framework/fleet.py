@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import builtins
 import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from pathlib import Path
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, Unpack
 
-from tunefleet import config, uploads
+from msgspec import UNSET, UnsetType
+
+from tunefleet import config
 from tunefleet.answers import Answer, Chunk, FleetStatus, Warm
 from tunefleet.asking import Asking, ChatMessages, parameters
 from tunefleet.auth import Authenticate, admin_key, anyone
-from tunefleet.core import DEFAULT_ADAPTER, DEFAULT_TENANT, Manifest, User, Version
+from tunefleet.core import DEFAULT_ADAPTER, DEFAULT_TENANT, Manifest, Receipt, User
 from tunefleet.errors import ConfigError, InvalidState
-from tunefleet.target import Target
+from tunefleet.fleet_adapters import FleetAdapters
+from tunefleet.target import Fallback, Target
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -72,7 +74,9 @@ class Fleet:
             stack.push_async_callback(parts.store.close)
             await parts.dispatcher.start()
             stack.push_async_callback(parts.dispatcher.close)
-            self._open = _Open(parts, _generations(self.options, parts), stack.pop_all())
+            generations = _generations(self.options, parts)
+            await stack.enter_async_context(_watched(parts, generations))
+            self._open = _Open(parts, generations, stack.pop_all())
         return self
 
     async def __aexit__(
@@ -168,7 +172,30 @@ class Fleet:
 
     async def users(self, *, after: str | None = None, limit: int = 100) -> list[User]:
         """A page of users by id; ``after`` is the last id of the page before."""
-        return [User(**user._asdict()) for user in await self.store.users(after=after, limit=limit)]
+        return await self.store.users(after=after, limit=limit)
+
+    async def user(self, user_id: str) -> User:
+        """One user and their settings."""
+        return await self.store.user(user_id)
+
+    async def update_user(
+        self,
+        user_id: str,
+        *,
+        fallback: Fallback | UnsetType | None = UNSET,
+        limits: Mapping[str, object] | UnsetType | None = UNSET,
+        metadata: Mapping[str, object] | UnsetType | None = UNSET,
+    ) -> User:
+        """Changes what is given; None takes a setting away. Makes the user if there is none."""
+        return await self.store.update_user(user_id, fallback=fallback, limits=limits, metadata=metadata)
+
+    async def delete_user(self, user_id: str) -> Receipt:
+        """Removes all of a user from everywhere; the receipt says what, where, and what is still to come."""
+        return await self.store.delete_user(user_id)
+
+    async def deletion(self, deletion_id: str) -> Receipt:
+        """How far a deletion is."""
+        return await self.store.deletion(deletion_id)
 
     async def warmup(
         self, user_id: str | None = None, *, name: str = DEFAULT_ADAPTER, tenant: str = DEFAULT_TENANT
@@ -209,65 +236,13 @@ class Fleet:
         return await self.generations.start(_target(user_id, asking), request)
 
 
-class FleetAdapters:
-    """``fleet.adapters``; lives as long as its fleet."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-
-    async def push(
-        self,
-        user_id: str,
-        path: str | Path,
-        *,
-        name: str = DEFAULT_ADAPTER,
-        promote: bool = True,
-        metadata: Mapping[str, object] | None = None,
-    ) -> Version:
-        """Uploads a PEFT folder, or a tar or zip of one, as the user's next version.
-
-        The same bytes as the newest version change nothing.
-
-        Raises:
-            AdapterInvalid: what is wrong with it.
-        """
-        async with uploads.adapter_folder(Path(path), self._fleet.options) as folder:
-            pushed = await self._fleet.store.push(
-                user_id, folder, name=name, promote=promote, metadata=dict(metadata or {})
-            )
-        return pushed.version
-
-    async def list(self, user_id: str, *, name: str = DEFAULT_ADAPTER) -> list[Version]:
-        """All versions, newest first."""
-        found: list[Version] = []
-        while page := await self.versions(user_id, name=name, after=found[-1].version if found else None):
-            found += page
-        return found
-
-    async def versions(
-        self, user_id: str, *, name: str = DEFAULT_ADAPTER, after: int | None = None, limit: int = 100
-    ) -> builtins.list[Version]:
-        """A page of versions, newest first; ``after`` is the last number of the page before."""
-        return await self._fleet.store.versions(user_id, name=name, after=after, limit=limit)
-
-    async def live(self, user_id: str, *, name: str = DEFAULT_ADAPTER) -> Version:
-        """The version that answers."""
-        resolved = await self._fleet.store.resolve(user_id, name=name)
-        return await self._fleet.store.version(user_id, resolved.version, name=name)
-
-    async def promote(
-        self, user_id: str, version: int, *, name: str = DEFAULT_ADAPTER, if_live: int | None = None
-    ) -> Version:
-        """Makes a version live: the one that answers from now on."""
-        return await self._fleet.store.promote(user_id, version, name=name, if_live=if_live)
-
-
 def _target(user_id: str | None, asking: Asking) -> Target:
     return Target(
         user_id,
         asking.get("name", DEFAULT_ADAPTER),
         version=asking.get("version"),
         fallback=asking.get("fallback"),
+        session=asking.get("session_id"),
     )
 
 
@@ -306,6 +281,13 @@ def _generations(options: config.Options, parts: FleetParts) -> Generations:
         store=parts.store,
         dispatcher=parts.dispatcher,
     )
+
+
+def _watched(parts: FleetParts, generations: Generations) -> AbstractAsyncContextManager[object]:
+    """The store's background work: deletions, pins, garbage."""
+    from tunefleet.router_machine import RouterMachine
+
+    return parts.store.watch(RouterMachine(parts.dispatcher, generations.open_requests))
 
 
 @contextlib.contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -23,6 +24,7 @@ from tunefleet.core import (
 )
 from tunefleet.errors import AdapterNotFound, ReplicaError, RequestInvalid
 from tunefleet.messages import Progress, Submit, Timing
+from tunefleet.open_requests import OpenRequest, OpenRequests, Owner
 from tunefleet.openai_api import ChatRequest, CompletionRequest
 from tunefleet.runtime.dispatch import Dispatcher, Run
 from tunefleet.target import Target
@@ -52,7 +54,7 @@ class Accepted(NamedTuple):
 
 
 class Generations:
-    """Starts generations for one router. Holds nothing of its own; the fleet closes its parts."""
+    """Starts generations for one router, and knows which are open. The fleet closes its parts."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Generations:
         self._tokenizer = tokenizer
         self._store = store
         self._dispatcher = dispatcher
+        self.open_requests = OpenRequests()
         self.max_model_len = context_length(options, manifest)
 
     async def start(
@@ -80,30 +83,45 @@ class Generations:
             AdapterNotFound: no such user, adapter or version, and no fallback.
         """
         started_at = time.perf_counter()
-        adapter = await self._resolve(target.checked())
-        prompt = await self._prompt_ids(request)
-        work = Submit(
-            request_id=new_request_id(),  # not the client's, which another client may use too
-            prompt=tuple(prompt),
-            sampling=self._sampling(request, len(prompt)),
-            adapter=adapter.ref,
-        )
-        accepted = self._accepted(work, target, adapter.version, started_at)
-        if request_id is not None:
-            accepted = accepted._replace(request_id=request_id)
-        return Generation(
-            self._dispatcher.submit(work), accepted, Detokenizer(self._tokenizer), request.stops
-        )
+        accepted_id = request_id or new_request_id()
+        with self._entered(target) as entered:
+            adapter = await self._resolve(target.checked(), target.session or accepted_id)
+            prompt = await self._prompt_ids(request)
+            work = Submit(
+                request_id=new_request_id(),  # not the client's, which another client may use too
+                prompt=tuple(prompt),
+                sampling=self._sampling(request, len(prompt)),
+                adapter=adapter.ref,
+            )
+            accepted = self._accepted(work, target, adapter.version, started_at)
+            return self._begun(entered, work, accepted._replace(request_id=accepted_id), request.stops)
 
     async def warm(self, target: Target) -> Generation:
         """A generation of one token, which brings the target's adapter to a device."""
         started_at = time.perf_counter()
-        adapter = await self._resolve(target.checked())
-        prompt = (next(iter(self._manifest.eos_token_ids), 0),)
-        sampling = SamplingParams(max_tokens=1)
-        work = Submit(request_id=new_request_id(), prompt=prompt, sampling=sampling, adapter=adapter.ref)
-        accepted = self._accepted(work, target, adapter.version, started_at)
-        return Generation(self._dispatcher.submit(work), accepted, Detokenizer(self._tokenizer))
+        with self._entered(target) as entered:
+            adapter = await self._resolve(target.checked(), target.session)
+            prompt = (next(iter(self._manifest.eos_token_ids), 0),)
+            sampling = SamplingParams(max_tokens=1)
+            work = Submit(request_id=new_request_id(), prompt=prompt, sampling=sampling, adapter=adapter.ref)
+            return self._begun(entered, work, self._accepted(work, target, adapter.version, started_at))
+
+    @contextlib.contextmanager
+    def _entered(self, target: Target) -> Iterator[OpenRequest]:
+        """An open request, which stays open if this ends well: its generation closes it."""
+        entered = self.open_requests.enter(Owner(target.tenant, target.user_id))
+        try:
+            yield entered
+        except BaseException:
+            entered.close()
+            raise
+
+    def _begun(
+        self, entered: OpenRequest, work: Submit, accepted: Accepted, stops: tuple[str, ...] = ()
+    ) -> Generation:
+        entered.check()
+        run = self._dispatcher.submit(work)
+        return Generation(run, accepted, entered, Detokenizer(self._tokenizer), stops)
 
     def _accepted(self, work: Submit, target: Target, version: int, started_at: float) -> Accepted:
         return Accepted(
@@ -116,12 +134,16 @@ class Generations:
             started_at=started_at,
         )
 
-    async def _resolve(self, target: Target) -> _Adapter:
+    async def _resolve(self, target: Target, session: str | None) -> _Adapter:
         if target.user_id is None:
             return _Adapter(None, 0)
         try:
             found = await self._store.resolve(
-                target.user_id, name=target.name, tenant=target.tenant, version=target.version
+                target.user_id,
+                name=target.name,
+                tenant=target.tenant,
+                version=target.version,
+                session=session,
             )
         except AdapterNotFound as error:
             fallback = target.fallback or error.fallback or self._options.fallback
@@ -183,7 +205,12 @@ class Generation:
     """
 
     def __init__(
-        self, run: Run, accepted: Accepted, detokenizer: Detokenizer, stops: tuple[str, ...] = ()
+        self,
+        run: Run,
+        accepted: Accepted,
+        entered: OpenRequest,
+        detokenizer: Detokenizer,
+        stops: tuple[str, ...] = (),
     ) -> None:
         self.accepted = accepted
         self.timing: dict[str, float] = {}
@@ -191,6 +218,8 @@ class Generation:
         self.batch_size = 0
         self.num_adapters = 0
         self._run = run
+        self._entered = entered
+        entered.on_end = run.aclose
         self._num_completion = 0
         self._detokenizer = detokenizer
         self._stops = StopMatcher(stops)
@@ -210,6 +239,7 @@ class Generation:
 
     async def aclose(self) -> None:
         """Frees the sequence's rows and slot if it still runs. Safe to call again."""
+        self._entered.close()
         if not self._over:
             self._over = True
             await self._run.aclose()
@@ -261,8 +291,8 @@ class Generation:
 
     async def _iterate(self) -> AsyncGenerator[TextDelta]:
         """The first delta comes with the first token, even if that makes no text yet."""
-        first = True
-        async for progress in self._run:
+        first, steps = True, aiter(self._run)
+        while (progress := await self._entered.next_of(steps)) is not None:
             self._note(progress)
             text, stopped = self._push(progress.tokens)
             reason = FinishReason.STOP if stopped else progress.finish_reason
@@ -296,6 +326,7 @@ class Generation:
             )
         if progress.finish_reason is None:  # a stop string: the replica doesn't know yet
             await self._run.aclose()
+        self._entered.close()
         self._over = True
         return reason
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Literal, NamedTuple
 
@@ -9,6 +10,7 @@ from tunefleet.core import DEFAULT_ADAPTER, DEFAULT_TENANT, check_adapter_name, 
 from tunefleet.errors import AdapterNotFound, RequestInvalid
 
 Fallback = Literal["none", "base"]
+_SESSION = re.compile(r"[!-~]{1,128}")
 
 
 class Target(NamedTuple):
@@ -19,6 +21,7 @@ class Target(NamedTuple):
     tenant: str = DEFAULT_TENANT
     version: int | None = None  # None: the live one
     fallback: Fallback | None = None  # None: the user's own, else the deployment's
+    session: str | None = None  # what a canary sticks to; None: the request
 
     def checked(self) -> Target:
         """Returns itself, or raises RequestInvalid for names that can't exist."""
@@ -32,6 +35,12 @@ class Target(NamedTuple):
             raise RequestInvalid("versions are 1, 2, 3 ...", param="version")
         if self.fallback not in {None, "none", "base"}:
             raise RequestInvalid("fallback is base or none", param="fallback")
+        if self.session is not None and not _SESSION.fullmatch(self.session):
+            raise RequestInvalid(
+                "a session's id is 1 to 128 printable ASCII characters without spaces",
+                code="invalid_session_id",
+                param="session_id",
+            )
         return self
 
 

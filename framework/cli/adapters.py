@@ -7,16 +7,19 @@ from typing import Annotated
 
 import typer
 
-from tunefleet.cli.output import print_json, print_table, print_version, print_warnings
+from tunefleet.cli import releases
+from tunefleet.cli.arguments import AsJson, Name, User, VersionNumber, Yes, confirm, json_object
+from tunefleet.cli.output import print_adapter, print_json, print_receipt, print_table, print_warnings
 from tunefleet.core import DEFAULT_ADAPTER
 from tunefleet.errors import RequestInvalid
 
-app = typer.Typer(no_args_is_help=True, help="Upload, list, check and promote users' adapters.")
+app = typer.Typer(no_args_is_help=True, help="Upload, look at, release and delete users' adapters.")
+app.command()(releases.promote)
+app.command()(releases.rollback)
+app.command()(releases.canary)
+app.command()(releases.pin)
 
-User = Annotated[str, typer.Argument(metavar="USER", help="The user's id.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A PEFT folder, or a tar or zip of one.")]
-Name = Annotated[str, typer.Option("--name", help="Which of the user's adapters.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -27,13 +30,24 @@ def push(
     *,
     promote: Annotated[bool, typer.Option(help="Let it answer from now on.")] = True,
     metadata: Annotated[str | None, typer.Option(help="A JSON object to keep with it.")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="Sent again, it uploads nothing twice.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload an adapter as the user's next version."""
+    from tunefleet.cli.progress import upload_progress
     from tunefleet.client import Client
 
-    with Client() as client:
-        version = client.adapters.push(user, folder, name=name, promote=promote, metadata=_metadata(metadata))
+    kept = None if metadata is None else json_object(metadata, "--metadata")
+    with Client() as client, upload_progress(folder) as progress:
+        version = client.adapters.push(
+            user,
+            folder,
+            name=name,
+            promote=promote,
+            metadata=kept,
+            progress=progress,
+            idempotency_key=idempotency_key,
+        )
     if as_json:
         print_json(version)
         return
@@ -60,35 +74,53 @@ def list_versions(user: User, name: Name = DEFAULT_ADAPTER, *, as_json: AsJson =
 
 @app.command()
 def show(user: User, name: Name = DEFAULT_ADAPTER, *, as_json: AsJson = False) -> None:
-    """Show the version that answers."""
+    """Show the version that answers, and the adapter's canary and pin."""
     from tunefleet.client import Client
 
     with Client() as client:
-        version = client.adapters.live(user, name=name)
+        adapter = client.adapters.show(user, name=name)
     if as_json:
-        print_json(version)
+        print_json(adapter)
     else:
-        print_version(version)
+        print_adapter(adapter)
 
 
 @app.command()
-def promote(
+def download(
     user: User,
-    version: Annotated[int, typer.Argument(metavar="VERSION", min=1)],
+    first: Annotated[str, typer.Argument(metavar="[VERSION]", help="Else: the live one.")],
+    second: Annotated[Path | None, typer.Argument(metavar="DIR", show_default=False)] = None,
     name: Name = DEFAULT_ADAPTER,
-    *,
-    if_live: Annotated[int | None, typer.Option(min=1, help="Only if this version is live now.")] = None,
-    as_json: AsJson = False,
 ) -> None:
-    """Make a version the one that answers."""
+    """Write a version's files into a folder, byte for byte as they were uploaded."""
     from tunefleet.client import Client
 
+    version = None if second is None else _version(first)
+    folder = Path(first) if second is None else second
     with Client() as client:
-        promoted = client.adapters.promote(user, version, name=name, if_live=if_live)
+        client.adapters.download(user, version, folder, name=name)
+    print(folder)
+
+
+@app.command()
+def delete(
+    user: User,
+    version: VersionNumber,
+    name: Name = DEFAULT_ADAPTER,
+    *,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a version that doesn't answer, everywhere and for good."""
+    from tunefleet.client import Client
+
+    confirm(f"Delete version {version} of {user} {name} for good?", yes=yes)
+    with Client() as client:
+        receipt = client.adapters.delete(user, version, name=name)
     if as_json:
-        print_json(promoted)
+        print_json(receipt)
     else:
-        print(f"{user} {name} version {promoted.version} is live: {promoted.digest}")
+        print_receipt(receipt)
 
 
 @app.command()
@@ -105,12 +137,7 @@ def check(
     print_check(folder, base_model, max_rank, as_json=as_json)
 
 
-def _metadata(text: str | None) -> dict[str, object] | None:
-    import msgspec
-
-    if text is None:
-        return None
-    try:
-        return msgspec.json.decode(text, type=dict[str, object])
-    except msgspec.DecodeError as error:
-        raise RequestInvalid(f"--metadata is no JSON object: {error}", param="metadata") from error
+def _version(text: str) -> int:
+    if text.isascii() and text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise RequestInvalid(f"VERSION must be a number from 1 on, not {text!r}", param="version")

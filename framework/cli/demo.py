@@ -21,9 +21,9 @@ import msgspec
 
 from tunefleet import config
 from tunefleet.answers import FleetStatus, Served
+from tunefleet.async_client import AsyncClient
 from tunefleet.cli.demo_view import LogView, TerminalView
 from tunefleet.cli.output import note
-from tunefleet.client import AsyncClient
 from tunefleet.errors import ReplicaError, TunefleetError
 from tunefleet.fleet import needs_serve_extra
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tunefleet.cli import adapters, base
-from tunefleet.cli.adapters import AsJson, Name
+from tunefleet.cli import adapters, base, users
+from tunefleet.cli.arguments import AsJson, Name
 from tunefleet.cli.output import note, print_json, print_pairs, print_table
 from tunefleet.cli.serve import serve, with_option_flags
 from tunefleet.core import DEFAULT_ADAPTER
@@ -20,9 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A fine-tune per person, served from one warm base model.",
 )
-users_app = typer.Typer(no_args_is_help=True, help="Look at users.")
 app.add_typer(adapters.app, name="adapters")
-app.add_typer(users_app, name="users")
+app.add_typer(users.app, name="users")
 app.add_typer(base.app, name="base")
 app.command("serve")(with_option_flags(serve))
 
@@ -50,13 +49,20 @@ def chat(
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     fallback: Annotated[bool, typer.Option(help="Let the base answer for a user without adapter.")] = False,
+    session: Annotated[str | None, typer.Option(help="What a canary sticks to.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Talk to a user's model."""
     from tunefleet.asking import Asking
     from tunefleet.cli.conversation import Conversation
 
-    given = {"version": version, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    given = {
+        "version": version,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "session_id": session,
+    }
     asking = Asking(name=name, **{key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
     if fallback:
         asking["fallback"] = "base"
@@ -67,25 +73,6 @@ def chat(
             conversation.talk()
         else:
             conversation.say(sys.stdin.read())
-
-
-@users_app.command("list")
-def list_users(
-    after: Annotated[str | None, typer.Option(help="The last id of the page before.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=500)] = 100,
-    *,
-    as_json: AsJson = False,
-) -> None:
-    """List users by id."""
-    from tunefleet.client import Client
-
-    with Client() as client:
-        users = client.users(after=after, limit=limit)
-    if as_json:
-        print_json(users)
-    else:
-        rows = [(user.user_id, user.num_adapters, user.created_at) for user in users]
-        print_table(("user", "adapters", "created"), rows)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tunefleet.core import Version
+from tunefleet.core import Adapter, Canary, Pin, Receipt, User
 
 
 def print_json(value: object) -> None:
@@ -37,22 +37,67 @@ def print_pairs(pairs: Sequence[tuple[str, object]]) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def print_version(version: Version) -> None:
+def print_adapter(adapter: Adapter) -> None:
     print_pairs(
         [
-            ("user", version.user_id),
-            ("adapter", version.name),
-            ("version", f"{version.version}{' (live)' if version.live else ''}"),
-            ("digest", version.digest),
-            ("base", version.base),
-            ("rank", version.rank),
-            ("target modules", ", ".join(version.target_modules)),
-            ("size", f"{version.size_bytes:,} bytes"),
-            ("created", version.created_at),
-            ("metadata", msgspec.json.encode(version.metadata).decode()),
+            ("user", adapter.user_id),
+            ("adapter", adapter.name),
+            ("version", f"{adapter.version}{' (live)' if adapter.live else ''}"),
+            ("digest", adapter.digest),
+            ("base", adapter.base),
+            ("rank", adapter.rank),
+            ("target modules", ", ".join(adapter.target_modules)),
+            ("size", f"{adapter.size_bytes:,} bytes"),
+            ("created", adapter.created_at),
+            ("metadata", _json(adapter.metadata)),
+            ("canary", told_canary(adapter.canary)),
+            ("pin", told_pin(adapter.pin)),
         ]
     )
-    print_warnings(version.warnings)
+    print_warnings(adapter.warnings)
+
+
+def told_canary(canary: Canary | None) -> str:
+    return f"version {canary.version} answers {canary.percent:g} %" if canary else "none"
+
+
+def told_pin(pin: Pin | None) -> str:
+    return f"{pin.tier}{f' until {pin.until}' if pin.until else ''}" if pin else "none"
+
+
+def print_user(user: User) -> None:
+    print_pairs(
+        [
+            ("user", user.user_id),
+            ("adapters", user.num_adapters),
+            ("created", user.created_at),
+            ("fallback", user.fallback or "as the server's option says"),
+            ("limits", _json(user.limits)),
+            ("metadata", _json(user.metadata)),
+        ]
+    )
+
+
+def print_receipt(receipt: Receipt) -> None:
+    """What went where, and what stayed and why."""
+    still = "goes on by itself" if receipt.status == "pending" else receipt.finished_at or "-"
+    removed = ", ".join(f"{num} {place}" for place, num in receipt.removed.items() if num)
+    print_pairs(
+        [
+            ("deletion", receipt.deletion_id),
+            ("status", receipt.status),
+            ("removed", removed or "nothing"),
+            *(("kept", sentence) for sentence in receipt.kept),
+            ("requested", receipt.requested_at),
+            ("finished", still),
+        ]
+    )
+    if receipt.status == "pending":
+        note(f"look again with `tunefleet users deletion {receipt.deletion_id}`")
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def print_warnings(warnings: Sequence[str]) -> None:

@@ -1,30 +1,24 @@
-"""Users and their adapters: upload, look, download, promote."""
+"""Users' adapters: upload, look, download, delete a version."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from tunefleet.auth import Caller
-from tunefleet.core import DEFAULT_ADAPTER, User
 from tunefleet.errors import RequestInvalid
-from tunefleet.http.bodies import JSON, flag, integer, listed, page_of, read_json
+from tunefleet.http.bodies import JSON, flag, integer, listed, page_of
+from tunefleet.http.paths import adapter_of
 from tunefleet.http.receive import parse_metadata, receive
-from tunefleet.openai_api import convert
+from tunefleet.http.users import receipt
 from tunefleet.uploads import upload_folder
 
 if TYPE_CHECKING:
     from tunefleet.adapters_store.stored_file import StoredFile
     from tunefleet.fleet import Fleet
-
-
-class Promotion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    version: int
-    if_live: int | None = None
 
 
 async def upload(fleet: Fleet, caller: Caller, request: Request) -> Response:
@@ -43,43 +37,37 @@ async def upload(fleet: Fleet, caller: Caller, request: Request) -> Response:
                 "metadata comes as a part and as X-Adapter-Metadata: give one", param="metadata"
             )
         pushed = await fleet.store.push(
-            _user(request),
-            received.folder,
-            name=_name(request),
-            tenant=caller.tenant,
+            folder=received.folder,
             promote=promote,
             metadata=header or received.metadata,
             idempotency_key=request.headers.get("idempotency-key"),
+            **adapter_of(caller, request),
         )
     return JSON(pushed.version, 201 if pushed.created else 200)
 
 
-async def show_live(fleet: Fleet, caller: Caller, request: Request) -> Response:
-    user_id, name = _user(request), _name(request)
-    live = await fleet.store.resolve(user_id, name=name, tenant=caller.tenant)
-    return JSON(await fleet.store.version(user_id, live.version, name=name, tenant=caller.tenant))
+async def show(fleet: Fleet, caller: Caller, request: Request) -> Response:
+    return JSON(await fleet.store.adapter(**adapter_of(caller, request)))
 
 
 async def list_versions(fleet: Fleet, caller: Caller, request: Request) -> Response:
     page = page_of(request)
     after = integer(request.query_params, "after", default=0) or None
-    found = await fleet.store.versions(
-        _user(request), name=_name(request), tenant=caller.tenant, after=after, limit=page.limit + 1
-    )
+    found = await fleet.store.versions(after=after, limit=page.limit + 1, **adapter_of(caller, request))
     return listed(list(found), page.limit)
 
 
 async def show_version(fleet: Fleet, caller: Caller, request: Request) -> Response:
-    number = integer(request.path_params, "version", default=0)
-    return JSON(await fleet.store.version(_user(request), number, name=_name(request), tenant=caller.tenant))
+    return JSON(await fleet.store.version(n=_number(request), **adapter_of(caller, request)))
+
+
+async def delete_version(fleet: Fleet, caller: Caller, request: Request) -> Response:
+    return receipt(await fleet.store.delete_version(n=_number(request), **adapter_of(caller, request)))
 
 
 async def download(fleet: Fleet, caller: Caller, request: Request) -> Response:
     file = request.path_params["file"]
-    number = integer(request.path_params, "version", default=0)
-    stored = await fleet.store.open_file(
-        _user(request), number, file, name=_name(request), tenant=caller.tenant
-    )
+    stored = await fleet.store.open_file(n=_number(request), file=file, **adapter_of(caller, request))
     headers = {
         "content-length": str(stored.size_bytes),
         "content-disposition": f'attachment; filename="{file}"',
@@ -92,34 +80,8 @@ async def download(fleet: Fleet, caller: Caller, request: Request) -> Response:
     return StreamingResponse(_chunks(stored), headers=headers, media_type=kind)
 
 
-async def promote(fleet: Fleet, caller: Caller, request: Request) -> Response:
-    asked = convert(await read_json(request), Promotion)
-    return JSON(
-        await fleet.store.promote(
-            _user(request), asked.version, name=_name(request), tenant=caller.tenant, if_live=asked.if_live
-        )
-    )
-
-
-async def list_users(fleet: Fleet, caller: Caller, request: Request) -> Response:
-    page = page_of(request)
-    found = await fleet.store.users(caller.tenant, page.after, page.limit + 1)
-    return listed([User(**user._asdict()) for user in found], page.limit)
-
-
-async def show_user(fleet: Fleet, caller: Caller, request: Request) -> Response:
-    user = await fleet.store.user(_user(request), tenant=caller.tenant)
-    return JSON(User(**user._asdict()))
-
-
-def _user(request: Request) -> str:
-    user_id: str = request.path_params["user_id"]
-    return user_id
-
-
-def _name(request: Request) -> str:
-    name: str = request.path_params.get("name", DEFAULT_ADAPTER)
-    return name
+def _number(request: Request) -> int:
+    return integer(request.path_params, "version", default=0)
 
 
 def _metadata_header(request: Request) -> dict[str, object] | None:

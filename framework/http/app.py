@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from tunefleet.auth import Authenticate, Caller
 from tunefleet.errors import AuthError, TunefleetError
-from tunefleet.http import adapters, inference, status
+from tunefleet.http import adapters, inference, pins, releases, status, uploads, users
 from tunefleet.http.bodies import IDLE_S
 from tunefleet.http.boundary import Boundary
 from tunefleet.http.errors import on_http_exception, on_tunefleet_error
@@ -43,12 +43,29 @@ _ROUTES: dict[str, tuple[Method, ...]] = {
     "/v1/status": (Method("GET", status.status, "tenant"),),
     "/v1/replicas": (Method("GET", status.replicas, "tenant"),),
     "/v1/adapters": (Method("GET", status.adapters, "tenant"),),
-    "/v1/users": (Method("GET", adapters.list_users, "tenant"),),
-    "/v1/users/{user_id}": (Method("GET", adapters.show_user, "infer"),),
-    _ADAPTER: (Method("PUT", adapters.upload, "upload"), Method("GET", adapters.show_live, "infer")),
-    f"{_ADAPTER}/promote": (Method("POST", adapters.promote, "upload"),),
+    "/v1/users": (Method("GET", users.list_users, "tenant"),),
+    "/v1/users/{user_id}": (
+        Method("GET", users.show_user, "infer"),
+        Method("PATCH", users.change_user, "tenant"),
+        Method("DELETE", users.delete_user, "tenant"),
+    ),
+    "/v1/deletions/{deletion_id}": (Method("GET", users.show_deletion, "tenant"),),
+    _ADAPTER: (Method("PUT", adapters.upload, "upload"), Method("GET", adapters.show, "infer")),
+    f"{_ADAPTER}/promote": (Method("POST", releases.promote, "upload"),),
+    f"{_ADAPTER}/rollback": (Method("POST", releases.rollback, "upload"),),
+    f"{_ADAPTER}/canary": (
+        Method("PUT", releases.set_canary, "upload"),
+        Method("DELETE", releases.end_canary, "upload"),
+    ),
+    f"{_ADAPTER}/pin": (Method("PUT", pins.pin, "upload"), Method("DELETE", pins.unpin, "upload")),
+    f"{_ADAPTER}/uploads": (Method("POST", uploads.begin, "upload"),),
+    f"{_ADAPTER}/uploads/{{upload_id}}/complete": (Method("POST", uploads.complete, "upload"),),
+    f"{_ADAPTER}/uploads/{{upload_id}}/{{file}}": (Method("PUT", uploads.put_file, "upload"),),
     f"{_ADAPTER}/versions": (Method("GET", adapters.list_versions, "infer"),),
-    f"{_ADAPTER}/versions/{{version}}": (Method("GET", adapters.show_version, "infer"),),
+    f"{_ADAPTER}/versions/{{version}}": (
+        Method("GET", adapters.show_version, "infer"),
+        Method("DELETE", adapters.delete_version, "upload"),
+    ),
     f"{_ADAPTER}/versions/{{version}}/files/{{file}}": (Method("GET", adapters.download, "upload"),),
 }
 

@@ -50,12 +50,14 @@ _STATUS_OF_CODE = {
     "queue_full": 429,
     "replica_lost": 503,
     "unsupported_media_type": 415,
+    "user_deleted": 410,
 }
 _TYPE_OF_STATUS = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     409: "conflict_error",
+    410: "not_found_error",
     429: "rate_limit_error",
 }
 _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed"}

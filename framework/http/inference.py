@@ -68,7 +68,8 @@ def target_of(fleet: Fleet, caller: Caller, request: Request, model: str | None)
         own=caller.user_id, header=headers.get("x-user-id"), model=model, base_names=fleet.base_names
     )
     version = integer(headers, "x-adapter-version", default=0) if "x-adapter-version" in headers else None
-    return Target(user_id, name, caller.tenant, version, _fallback(headers.get("x-fallback")))
+    fallback, session = _fallback(headers.get("x-fallback")), headers.get("x-session-id")
+    return Target(user_id, name, caller.tenant, version, fallback, session)
 
 
 def _fallback(text: str | None) -> Fallback | None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
-import hashlib
 import io
-import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,10 +14,11 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from tunefleet import uploads
+from tunefleet import digests, uploads
 from tunefleet.adapters_store.staging import create_file, write_all
 from tunefleet.config import Options
 from tunefleet.core import ADAPTER_FILES, MAX_METADATA_BYTES
+from tunefleet.digests import ContentDigest
 from tunefleet.errors import AdapterInvalid, RequestInvalid
 from tunefleet.http.bodies import bounded
 from tunefleet.openai_api import parse_json
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 
 _MAX_PART_HEADER_BYTES = 8192
 _WRITE_BYTES = 1024 * 1024
-_DIGEST = re.compile(r"\s*(sha-256|sha-512)=:([A-Za-z0-9+/=]+):\s*(?:,|$)")
 
 
 class Received(NamedTuple):
@@ -46,20 +42,31 @@ async def receive(request: Request, folder: Path, options: Options) -> Received:
         RequestInvalid: too large, too slow, wrongly framed, or not what Content-Digest says.
         AdapterInvalid: no PEFT folder in it.
     """
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise RequestInvalid("send uploads without Content-Encoding", code="unsupported_media_type")
-    digest = _ContentDigest(request.headers.get("content-digest"))
-    chunks = digest.watch(bounded(request, options.max_upload_bytes))
     kind, parameters = parse_options_header(request.headers.get("content-type", ""))
     if kind == b"multipart/form-data":
-        received = await _receive_parts(chunks, parameters.get(b"boundary", b""), folder)
-        digest.check()
-        return received
+        boundary = parameters.get(b"boundary", b"")
+        async with _body(request, options.max_upload_bytes) as chunks:
+            return await _receive_parts(chunks, boundary, folder)
     archive = folder / "archive"
-    await _write_file(chunks, archive)
-    digest.check()
+    await receive_file(request, archive, options.max_upload_bytes)
     await uploads.unpack(archive, folder / "adapter", options)
     return Received(folder / "adapter", None)
+
+
+async def receive_file(request: Request, path: Path, max_bytes: int) -> None:
+    """Writes the body to ``path`` as it is; raises RequestInvalid like ``receive``."""
+    async with _body(request, max_bytes) as chunks:
+        await _write_file(chunks, path)
+
+
+@contextlib.asynccontextmanager
+async def _body(request: Request, max_bytes: int) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The body's chunks; read to their end, they are what Content-Digest says."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise RequestInvalid("send uploads without Content-Encoding", code="unsupported_media_type")
+    digest = ContentDigest(request.headers.getlist(digests.HEADER))
+    yield digest.watch(bounded(request, max_bytes))
+    digest.check()
 
 
 def parse_metadata(text: bytes, where: str) -> dict[str, object]:
@@ -70,39 +77,6 @@ def parse_metadata(text: bytes, where: str) -> dict[str, object]:
         raise RequestInvalid(
             f"{where} must be a JSON object", code="invalid_metadata", param=where
         ) from error
-
-
-class _ContentDigest:
-    """RFC 9530's ``Content-Digest`` of one body."""
-
-    def __init__(self, header: str | None) -> None:
-        self._expected = {} if header is None else _parse_digest(header)
-        self._hashers = {name: hashlib.new(name.replace("-", "")) for name in self._expected}
-
-    async def watch(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        async for chunk in chunks:
-            for hasher in self._hashers.values():
-                hasher.update(chunk)
-            yield chunk
-
-    def check(self) -> None:
-        for name, hasher in self._hashers.items():
-            if hasher.digest() != self._expected[name]:
-                raise RequestInvalid(
-                    f"the body's {name} is not what Content-Digest says: send it again",
-                    code="digest_mismatch",
-                    param="Content-Digest",
-                )
-
-
-def _parse_digest(header: str) -> dict[str, bytes]:
-    found = _DIGEST.findall(header)
-    with contextlib.suppress(binascii.Error):
-        if found:
-            return {name: base64.b64decode(value + "==") for name, value in found}
-    raise RequestInvalid(
-        "Content-Digest must look like sha-256=:<base64>:", code="invalid_digest", param="Content-Digest"
-    )
 
 
 async def _write_file(chunks: AsyncIterator[bytes], path: Path) -> None:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tunefleet.auth import Caller
-from tunefleet.core import DEFAULT_ADAPTER, ReplicaInfo
+from tunefleet.core import DEFAULT_ADAPTER, ReplicaInfo, User
 from tunefleet.errors import AdapterNotFound, RequestInvalid
 from tunefleet.generation import model_name
 from tunefleet.http.bodies import JSON, page_of, read_json
@@ -18,7 +18,6 @@ from tunefleet.openai_api import convert
 from tunefleet.target import choose_user
 
 if TYPE_CHECKING:
-    from tunefleet.adapters_store.store import UserRow
     from tunefleet.fleet import Fleet
 
 
@@ -67,13 +66,12 @@ async def replicas(fleet: Fleet, caller: Caller, request: Request) -> Response:
 
 
 async def adapters(fleet: Fleet, caller: Caller, request: Request) -> Response:
-    """Where adapters are, by digest: ``?tier=device`` or ``host``."""
+    """Where adapters are, by digest: ``?tier=device``, ``host`` or ``disk``."""
     tier = request.query_params.get("tier", "device")
     machine = await fleet.dispatcher.status()
-    if tier == "host":
-        found: list[object] = [
-            {"digest": digest, "size_bytes": size} for digest, size in machine.host_tier.items()
-        ]
+    sizes = {"disk": machine.disk_tier, "host": machine.host_tier}
+    if tier in sizes:
+        found: list[object] = [{"digest": digest, "size_bytes": size} for digest, size in sizes[tier].items()]
     elif tier == "device":
         found = [
             {"digest": digest, "replica_id": replica.replica_id}
@@ -81,7 +79,7 @@ async def adapters(fleet: Fleet, caller: Caller, request: Request) -> Response:
             for digest in replica.digests
         ]
     else:
-        raise RequestInvalid("tier is device or host", param="tier")
+        raise RequestInvalid("tier is device, host or disk", param="tier")
     return JSON({"object": "list", "data": found, "has_more": False})
 
 
@@ -94,7 +92,7 @@ async def readyz(fleet: Fleet, request: Request) -> Response:
     return JSON({"status": "ready"}) if fleet.is_open else JSON({"status": "starting"}, 503)
 
 
-async def _if_there(fleet: Fleet, tenant: str, user_id: str) -> list[UserRow]:
+async def _if_there(fleet: Fleet, tenant: str, user_id: str) -> list[User]:
     """Somebody who has uploaded nothing yet is nobody to the catalog, and may still ask the base."""
     try:
         return [await fleet.store.user(user_id, tenant=tenant)]
