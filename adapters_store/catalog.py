@@ -1,107 +1,127 @@
 """The catalog: who has which adapters, which version is live. SQL decides; objects are dumb.
 
-Synchronous; safe to call from several threads and several processes. Each method is one transaction.
+Synchronous; safe to call from several threads, processes and machines. Each method is one transaction, and
+none keeps anything between calls: what one router commits, every router sees on its next request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
 
-import msgspec
-from sqlalchemy import Connection, Row, Select, bindparam, func, select
+from msgspec import UNSET, UnsetType
+from sqlalchemy import Connection
 
-from tunefleet.adapters_store.database import Database
-from tunefleet.adapters_store.repeats import KEEP, FirstAnswer, UploadKey, first_answer, remember
-from tunefleet.adapters_store.schema import adapters, live_history, tenants, users, versions
-from tunefleet.core import AdapterRef
-from tunefleet.errors import AdapterConflict, AdapterNotFound
+from tunefleet.adapters_store import (
+    adapter_rows,
+    canaries,
+    deletions,
+    live_history,
+    lookups,
+    pins,
+    routers,
+    upload_commits,
+    upload_intents,
+    user_rows,
+    version_rows,
+)
+from tunefleet.adapters_store.database import BUSY_TIMEOUT_S, Database
+from tunefleet.adapters_store.records import (
+    AdapterName,
+    AdapterRecord,
+    Added,
+    DeletionRecord,
+    LiveAdapter,
+    NewVersion,
+    PinnedAdapter,
+    UploadRecord,
+    UserRecord,
+    VersionRecord,
+)
+from tunefleet.adapters_store.repeats import KEEP, UploadKey
+from tunefleet.adapters_store.times import timestamp
+from tunefleet.adapters_store.upload_commits import Upload
+from tunefleet.core import Pin
 
-
-class AdapterName(NamedTuple):
-    """What an adapter is called: one adapter per tenant, user, name and base."""
-
-    tenant: str
-    user_id: str
-    name: str
-    base: str
-
-
-class NewVersion(msgspec.Struct, frozen=True, kw_only=True):
-    """An upload whose objects are stored."""
-
-    digest: str
-    object_key: str
-    config_sha256: str
-    weights_sha256: str
-    size_bytes: int
-    rank: int
-    target_modules: tuple[str, ...]
-    warnings: tuple[str, ...]
-    metadata: dict[str, object]
-
-
-class VersionRecord(NewVersion, frozen=True, kw_only=True):
-    """A version as the catalog knows it."""
-
-    version: int
-    live: bool
-    created_at: str
-
-
-class Added(NamedTuple):
-    record: VersionRecord
-    created: bool  # False: the newest version had this digest already
-
-
-class LiveAdapter(NamedTuple):
-    """The answer to a request's question."""
-
-    ref: AdapterRef
-    version: int
-    fallback: str | None  # the user's own setting
-
-
-class UserRecord(NamedTuple):
-    user_id: str
-    num_adapters: int
-    created_at: str
+__all__ = [
+    "AdapterName",
+    "AdapterRecord",
+    "Added",
+    "Catalog",
+    "DeletionRecord",
+    "LiveAdapter",
+    "NewVersion",
+    "PinnedAdapter",
+    "UploadRecord",
+    "UserRecord",
+    "VersionRecord",
+]
 
 
 class Catalog:
-    """Lives as long as its process serves; ``close`` gives the connections back."""
+    """Lives as long as its process serves; ``close`` gives the connections back.
 
-    def __init__(self, database_url: str, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self._database = Database(database_url)
+    Every method raises StoreError: ``catalog_busy``, try again, or ``catalog_unavailable``.
+
+    Attributes:
+        catalog_id: made once with the database and kept in it.
+    """
+
+    def __init__(
+        self,
+        database_url: str,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        busy_timeout_s: float = BUSY_TIMEOUT_S,
+    ) -> None:
+        self._database = Database(database_url, busy_timeout_s=busy_timeout_s)
         self._now = now
+        self.catalog_id = self._database.catalog_id
 
     def close(self) -> None:
         self._database.close()
 
+    def timestamp(self, after_s: float = 0.0) -> str:
+        """The catalog's time, ``after_s`` from now, as its records have it."""
+        return timestamp(self._now(), timedelta(seconds=after_s))
+
+    # Requests
+
+    def live(self, adapter: AdapterName, *, session: str | None = None) -> LiveAdapter:
+        """What answers: the live version or, for a canary's share of sessions, the canary's.
+
+        Raises:
+            AdapterNotFound: ``fallback`` holds the user's own setting, if there is such a user.
+        """
+        return self._database.look(lambda connection: lookups.live(connection, adapter, session))
+
+    def numbered(self, adapter: AdapterName, version: int) -> LiveAdapter:
+        """As ``live``, for a version asked for by number."""
+        return self._database.look(lambda connection: lookups.numbered(connection, adapter, version))
+
+    # Versions
+
     def add_version(
-        self, adapter: AdapterName, new: NewVersion, *, promote: bool, key: UploadKey | None = None
+        self,
+        adapter: AdapterName,
+        new: NewVersion,
+        *,
+        promote: bool,
+        key: UploadKey | None = None,
+        upload_id: str | None = None,
     ) -> Added:
         """Records an upload as the next version, unless the newest version has the same digest.
 
+        Either way the begun upload ``upload_id`` is over.
+
         Raises:
-            AdapterConflict: ``key`` was another upload's.
+            AdapterConflict: ``key`` was another upload's, or the begun upload is gone (``upload_expired``).
         """
-        with self._database.write() as connection:
-            row = self._adapter_row(connection, adapter)
-            again = self._answered(connection, adapter, row.adapter_id, key)
-            if again is not None:
-                return again
-            newest = _newest(connection, row.adapter_id)
-            if newest is not None and newest.digest == new.digest:
-                added = Added(_record(newest, row.live_version), created=False)
-            else:
-                added = Added(self._insert(connection, row, new, promote=promote), created=True)
-            if key is not None:
-                answer = FirstAnswer(added.record.version, added.created, added.record.live)
-                now, since = self._timestamp(), self._timestamp(-KEEP)
-                remember(connection, row.adapter_id, key, answer, now=now, since=since)
-            return added
+        upload = Upload(adapter, new, promote=promote, key=key, upload_id=upload_id)
+        now, since = self.timestamp(), self._since()
+        return self._database.write(
+            lambda connection: upload_commits.commit(connection, upload, now=now, since=since)
+        )
 
     def answered(self, adapter: AdapterName, digest: str, key: UploadKey | None = None) -> Added | None:
         """The answer to an upload that changes nothing, where that is known before it is stored.
@@ -109,275 +129,225 @@ class Catalog:
         Raises:
             AdapterConflict: ``key`` was another upload's.
         """
-        with self._database.read() as connection:
-            row = connection.execute(_adapter(adapter)).one_or_none()
-            if row is None:
-                return None
-            if key is not None:
-                return self._answered(connection, adapter, row.adapter_id, key)
-            newest = _newest(connection, row.adapter_id)
-            if newest is None or newest.digest != digest:
-                return None
-            return Added(_record(newest, row.live_version), created=False)
-
-    def live(self, adapter: AdapterName) -> LiveAdapter:
-        """The live version: one SELECT by unique indexes, on every request's path.
-
-        Raises:
-            AdapterNotFound: ``fallback`` holds the user's own setting, if there is such a user.
-        """
-        return self._find(adapter, _LIVE, {})
-
-    def numbered(self, adapter: AdapterName, version: int) -> LiveAdapter:
-        """As ``live``, for a version asked for by number."""
-        return self._find(adapter, _NUMBERED, {"version": version})
+        since = self._since()
+        return self._database.read(
+            lambda connection: upload_commits.answered(connection, adapter, digest, key, since=since)
+        )
 
     def version(self, adapter: AdapterName, version: int) -> VersionRecord:
-        with self._database.read() as connection:
-            return _version(connection, adapter, version)
+        return self._database.look(lambda connection: version_rows.named(connection, adapter, version))
 
     def versions(self, adapter: AdapterName, *, after: int | None, limit: int) -> list[VersionRecord]:
         """Newest first; ``after`` is the last number of the page before."""
-        query = _records(adapter).limit(limit)
-        if after is not None:
-            query = query.where(versions.c.version < after)
-        with self._database.read() as connection:
-            return [_record(row, row.live_version) for row in connection.execute(query)]
+        return self._database.look(
+            lambda connection: version_rows.page(connection, adapter, after=after, limit=limit)
+        )
 
-    def users(self, tenant: str, *, after: str | None, limit: int) -> list[UserRecord]:
-        """By user id; ``after`` is the last id of the page before."""
-        query = _users(tenant).order_by(users.c.user_id).limit(limit)
-        if after is not None:
-            query = query.where(users.c.user_id > after)
-        with self._database.read() as connection:
-            return [UserRecord(*row) for row in connection.execute(query)]
+    def known_digests(self, digests: Sequence[str]) -> set[str]:
+        """Those that a version has, of whatever user and tenant."""
+        return self._database.read(lambda connection: version_rows.known_digests(connection, digests))
 
-    def user(self, tenant: str, user_id: str) -> UserRecord:
-        with self._database.read() as connection:
-            row = connection.execute(_users(tenant).where(users.c.user_id == user_id)).one_or_none()
-        if row is None:
-            raise AdapterNotFound(f"there is no user {user_id!r}", code="user_not_found", param="user_id")
-        return UserRecord(*row)
+    def referenced(self, prefixes: Sequence[str]) -> set[str]:
+        """Those prefixes of object keys that a version, or an upload that isn't over, refers to."""
+        now = self.timestamp()
+        return self._database.read(lambda connection: version_rows.referenced(connection, prefixes, now=now))
+
+    # What answers
+
+    def adapter(self, adapter: AdapterName) -> AdapterRecord:
+        """Raises AdapterNotFound where nothing is live."""
+        now = self.timestamp()
+        return self._database.read(lambda connection: adapter_rows.whole(connection, adapter, now=now))
 
     def promote(self, adapter: AdapterName, version: int, *, if_live: int | None = None) -> VersionRecord:
-        """Makes a version live, in one commit with its history.
+        """Makes a version live, in one commit with its history. A canary that becomes live is one no more.
 
         Raises:
             AdapterNotFound: no such version.
             AdapterConflict: ``if_live`` was given and another version is live.
         """
-        with self._database.write() as connection:
-            found = _version(connection, adapter, version)
-            row = connection.execute(_adapter(adapter)).one()
-            if if_live is not None and row.live_version != if_live:
-                raise AdapterConflict(
-                    f"version {row.live_version} of {adapter.user_id!r} is live, not {if_live}: "
-                    "look again, then retry",
-                    code="live_version_changed",
-                    param="if_live",
-                )
-            if not found.live:
-                self._set_live(connection, row.adapter_id, version)
-            return msgspec.structs.replace(found, live=True)
+        now = self.timestamp()
+        return self._database.write(
+            lambda connection: live_history.promote(connection, adapter, version, if_live=if_live, now=now)
+        )
 
-    def _answered(
-        self, connection: Connection, adapter: AdapterName, adapter_id: int, key: UploadKey | None
-    ) -> Added | None:
-        """What the first upload with this key was answered, word for word."""
-        answer = key and first_answer(connection, adapter_id, key, self._timestamp(-KEEP))
-        if answer is None:
-            return None
-        record = _version(connection, adapter, answer.version)
-        return Added(msgspec.structs.replace(record, live=answer.was_live), answer.was_new)
-
-    def _insert(
-        self, connection: Connection, row: Row[Any], new: NewVersion, *, promote: bool
+    def rollback(
+        self, adapter: AdapterName, *, to: int | None = None, if_live: int | None = None
     ) -> VersionRecord:
-        number = row.last_version + 1
-        fields = msgspec.structs.asdict(new)
-        created_at = self._timestamp()
-        connection.execute(
-            versions.insert().values(
-                adapter_id=row.adapter_id, version=number, created_at=created_at, **fields
-            )
-        )
-        connection.execute(
-            adapters.update().where(adapters.c.adapter_id == row.adapter_id).values(last_version=number)
-        )
-        if promote:
-            self._set_live(connection, row.adapter_id, number)
-        return VersionRecord(version=number, live=promote, created_at=created_at, **fields)
+        """Makes live what was live before, again one further; or ``to``, which was live once.
 
-    def _set_live(self, connection: Connection, adapter_id: int, version: int) -> None:
-        connection.execute(
-            adapters.update().where(adapters.c.adapter_id == adapter_id).values(live_version=version)
-        )
-        connection.execute(
-            live_history.insert().values(adapter_id=adapter_id, version=version, created_at=self._timestamp())
+        Raises:
+            AdapterNotFound: no such adapter or version.
+            AdapterConflict: ``no_earlier_version``, ``never_live`` or ``live_version_changed``.
+        """
+        now = self.timestamp()
+        return self._database.write(
+            lambda connection: live_history.rollback(connection, adapter, to, if_live=if_live, now=now)
         )
 
-    def _adapter_row(self, connection: Connection, adapter: AdapterName) -> Row[Any]:
-        """The adapter's row, made with its user and tenant if this is the first upload."""
-        row = connection.execute(_adapter(adapter)).one_or_none()
-        if row is not None:
-            return row
-        created_at = self._timestamp()
-        if (
-            connection.execute(select(tenants).where(tenants.c.tenant == adapter.tenant)).one_or_none()
-            is None
-        ):
-            connection.execute(tenants.insert().values(tenant=adapter.tenant, created_at=created_at))
-        if connection.execute(_user(adapter)).one_or_none() is None:
-            connection.execute(
-                users.insert().values(
-                    tenant=adapter.tenant,
-                    user_id=adapter.user_id,
-                    limits={},
-                    metadata={},
-                    created_at=created_at,
-                )
-            )
-        connection.execute(
-            adapters.insert().values(**adapter._asdict(), last_version=0, created_at=created_at)
+    def set_canary(self, adapter: AdapterName, version: int, percent: float) -> AdapterRecord:
+        """Lets a version answer ``percent`` of the sessions: a session stays where it is as percent grows.
+
+        Raises:
+            AdapterConflict: the version is live (``version_is_live``).
+        """
+        return self._decide(adapter, lambda connection: canaries.put(connection, adapter, version, percent))
+
+    def clear_canary(self, adapter: AdapterName) -> AdapterRecord:
+        return self._decide(adapter, lambda connection: canaries.clear(connection, adapter))
+
+    def set_pin(self, adapter: AdapterName, pin: Pin) -> AdapterRecord:
+        now = self.timestamp()
+        return self._decide(adapter, lambda connection: pins.put(connection, adapter, pin, now=now))
+
+    def clear_pin(self, adapter: AdapterName) -> AdapterRecord:
+        return self._decide(adapter, lambda connection: pins.clear(connection, adapter))
+
+    def pinned(self, base: str, limit: int = 10_000) -> list[PinnedAdapter]:
+        """Live and canary versions of the adapters that are pinned now."""
+        now = self.timestamp()
+        return self._database.look(lambda connection: pins.pinned(connection, base, limit=limit, now=now))
+
+    # Users
+
+    def users(self, tenant: str, *, after: str | None, limit: int) -> list[UserRecord]:
+        """By user id; ``after`` is the last id of the page before."""
+        return self._database.look(
+            lambda connection: user_rows.page(connection, tenant, after=after, limit=limit)
         )
-        return connection.execute(_adapter(adapter)).one()
 
-    def _find(
-        self, adapter: AdapterName, query: Select[*tuple[Any, ...]], extra: dict[str, object]
-    ) -> LiveAdapter:
-        with self._database.read() as connection:
-            row = connection.execute(query, {**adapter._asdict(), **extra}).one_or_none()
-        if row is None or row.digest is None:
-            raise _not_found(adapter, extra.get("version"), row)
-        ref = AdapterRef(
-            digest=row.digest,
-            tenant=adapter.tenant,
-            key=row.object_key,
-            weights_sha256=row.weights_sha256,
-            size_bytes=row.size_bytes,
-            rank=row.rank,
+    def user(self, tenant: str, user_id: str) -> UserRecord:
+        """Raises AdapterNotFound (``user_not_found``)."""
+        return self._database.look(lambda connection: user_rows.find(connection, tenant, user_id))
+
+    def update_user(
+        self,
+        tenant: str,
+        user_id: str,
+        *,
+        fallback: str | UnsetType | None = UNSET,
+        limits: dict[str, object] | UnsetType = UNSET,
+        metadata: dict[str, object] | UnsetType = UNSET,
+    ) -> UserRecord:
+        """Changes what is given; makes the user if there is none."""
+        changes = {"fallback": fallback, "limits": limits, "metadata": metadata}
+        now = self.timestamp()
+        return self._database.write(
+            lambda connection: user_rows.update(connection, tenant, user_id, changes, now=now)
         )
-        return LiveAdapter(ref, row.version, row.fallback)
 
-    def _timestamp(self, offset: timedelta = timedelta()) -> str:
-        at = (self._now() + offset).astimezone(UTC)
-        return at.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    # Uploads that have begun
 
+    def begin_upload(self, adapter: AdapterName, upload: UploadRecord) -> None:
+        self._database.write(lambda connection: upload_intents.begin(connection, adapter, upload))
 
-def _lookup(on_version: Any) -> Select[*tuple[Any, ...]]:
-    """User, then adapter, then version, each by its unique index; columns of missing ones are NULL."""
-    return (
-        select(
-            users.c.fallback,
-            adapters.c.last_version,
-            versions.c.version,
-            versions.c.digest,
-            versions.c.object_key,
-            versions.c.weights_sha256,
-            versions.c.size_bytes,
-            versions.c.rank,
+    def extend_upload(self, upload_id: str, expires_at: str) -> bool:
+        """False: it is gone, or over already, and can't be committed any more."""
+        now = self.timestamp()
+        return self._database.write(
+            lambda connection: upload_intents.extend(connection, upload_id, expires_at, now=now)
         )
-        .select_from(users)
-        .outerjoin(
-            adapters,
-            (adapters.c.tenant == users.c.tenant)
-            & (adapters.c.user_id == users.c.user_id)
-            & (adapters.c.name == bindparam("name"))
-            & (adapters.c.base == bindparam("base")),
+
+    def upload(self, adapter: AdapterName, upload_id: str) -> UploadRecord:
+        """Raises AdapterNotFound (``upload_not_found``), also when it has expired."""
+        now = self.timestamp()
+        return self._database.look(
+            lambda connection: upload_intents.find(connection, adapter, upload_id, now=now)
         )
-        .outerjoin(
-            versions, (versions.c.adapter_id == adapters.c.adapter_id) & (versions.c.version == on_version)
+
+    def end_upload(self, upload_id: str) -> None:
+        """From here on it can't be committed; its objects may be removed."""
+        self._database.write(lambda connection: upload_intents.end(connection, upload_id))
+
+    def expired_uploads(self, limit: int) -> list[UploadRecord]:
+        """Longest expired first. End one before its objects are removed."""
+        now = self.timestamp()
+        return self._database.look(
+            lambda connection: upload_intents.expired(connection, limit=limit, now=now)
         )
-        .where(users.c.tenant == bindparam("tenant"), users.c.user_id == bindparam("user_id"))
-    )
 
+    # Deletions
 
-_LIVE = _lookup(adapters.c.live_version)
-_NUMBERED = _lookup(bindparam("version"))
-
-
-def _adapter(adapter: AdapterName) -> Select[*tuple[Any, ...]]:
-    return select(adapters).where(
-        adapters.c.tenant == adapter.tenant,
-        adapters.c.user_id == adapter.user_id,
-        adapters.c.name == adapter.name,
-        adapters.c.base == adapter.base,
-    )
-
-
-def _user(adapter: AdapterName) -> Select[*tuple[Any, ...]]:
-    return select(users.c.user_id).where(users.c.tenant == adapter.tenant, users.c.user_id == adapter.user_id)
-
-
-def _users(tenant: str) -> Select[*tuple[Any, ...]]:
-    num_adapters = (
-        select(func.count())
-        .where(adapters.c.tenant == users.c.tenant, adapters.c.user_id == users.c.user_id)
-        .scalar_subquery()
-    )
-    return select(users.c.user_id, num_adapters, users.c.created_at).where(users.c.tenant == tenant)
-
-
-def _records(adapter: AdapterName) -> Select[*tuple[Any, ...]]:
-    """Versions of one adapter with what is live, newest first."""
-    return (
-        select(versions, adapters.c.live_version)
-        .join(adapters, adapters.c.adapter_id == versions.c.adapter_id)
-        .where(
-            adapters.c.tenant == adapter.tenant,
-            adapters.c.user_id == adapter.user_id,
-            adapters.c.name == adapter.name,
-            adapters.c.base == adapter.base,
+    def delete_version(self, adapter: AdapterName, version: int) -> DeletionRecord:
+        """Raises AdapterConflict: ``version_is_live`` or ``version_is_canary``."""
+        now = self.timestamp()
+        return self._database.write(
+            lambda connection: deletions.delete_version(connection, adapter, version, now=now)
         )
-        .order_by(versions.c.version.desc())
-    )
 
-
-def _version(connection: Connection, adapter: AdapterName, version: int) -> VersionRecord:
-    row = connection.execute(_records(adapter).where(versions.c.version == version)).one_or_none()
-    if row is None:
-        raise _not_found(adapter, version, None)
-    return _record(row, row.live_version)
-
-
-def _newest(connection: Connection, adapter_id: int) -> Row[Any] | None:
-    query = (
-        select(versions)
-        .where(versions.c.adapter_id == adapter_id)
-        .order_by(versions.c.version.desc())
-        .limit(1)
-    )
-    return connection.execute(query).one_or_none()
-
-
-def _record(row: Row[Any], live_version: int | None) -> VersionRecord:
-    return VersionRecord(
-        digest=row.digest,
-        object_key=row.object_key,
-        config_sha256=row.config_sha256,
-        weights_sha256=row.weights_sha256,
-        size_bytes=row.size_bytes,
-        rank=row.rank,
-        target_modules=tuple(row.target_modules),
-        warnings=tuple(row.warnings),
-        metadata=row.metadata,
-        version=row.version,
-        live=row.version == live_version,
-        created_at=row.created_at,
-    )
-
-
-def _not_found(adapter: AdapterName, version: object, row: Row[Any] | None) -> AdapterNotFound:
-    whose = f"user {adapter.user_id!r}" + (
-        f" (adapter {adapter.name!r})" if adapter.name != "default" else ""
-    )
-    if version is not None:
-        problem = f"{whose} has no version {version} for base {adapter.base}"
-    elif row is not None and row.last_version:
-        problem = f"{whose} has uploads but none is live: promote one with `tunefleet adapters promote`"
-    else:
-        problem = (
-            f"{whose} has no adapter for base {adapter.base}: upload one with "
-            f"`tunefleet adapters push {adapter.user_id} DIR` or PUT /v1/users/{adapter.user_id}/adapter"
+    def delete_user(self, tenant: str, user_id: str) -> DeletionRecord:
+        """Raises AdapterNotFound (``user_not_found``) if there is neither a user nor an upload for one."""
+        now = self.timestamp()
+        return self._database.write(
+            lambda connection: deletions.delete_user(connection, tenant, user_id, now=now)
         )
-    return AdapterNotFound(problem, param="user_id", fallback=row.fallback if row is not None else None)
+
+    def deletion(self, tenant: str, deletion_id: str) -> DeletionRecord:
+        """Raises AdapterNotFound (``deletion_not_found``)."""
+        return self._database.read(lambda connection: deletions.find(connection, tenant, deletion_id))
+
+    def pending_deletions(self, limit: int) -> list[DeletionRecord]:
+        """Oldest first; those that nobody works on."""
+        now = self.timestamp()
+        return self._database.read(lambda connection: deletions.pending(connection, limit=limit, now=now))
+
+    def claim_deletion(self, deletion_id: str, router_id: str, lease_s: float) -> bool:
+        now = self._now()
+        return self._database.write(
+            lambda connection: deletions.claim(connection, deletion_id, router_id, lease_s, now=now)
+        )
+
+    def note_objects(self, deletion_id: str, prefix: str, num_objects: int, kept: Sequence[str]) -> None:
+        """The objects under this prefix are gone, but for what ``kept`` says."""
+        self._database.write(
+            lambda connection: deletions.note_objects(connection, deletion_id, prefix, num_objects, kept)
+        )
+
+    def ack_deletion(
+        self, deletion_id: str, router_id: str, copies: Mapping[str, int], kept: Sequence[str]
+    ) -> None:
+        """This router's machine has dropped its copies and ended the streams."""
+        self._database.write(
+            lambda connection: deletions.ack(connection, deletion_id, router_id, copies, kept)
+        )
+
+    def unacked(self, router_id: str, limit: int) -> list[DeletionRecord]:
+        """Deletions that wait for this router's word, oldest first."""
+        return self._database.read(lambda connection: deletions.unacked(connection, router_id, limit=limit))
+
+    def finish_deletion(self, deletion_id: str) -> DeletionRecord | None:
+        """Closes the receipt, which then names no user; None while an item or a living router is missing."""
+        now = self.timestamp()
+        return self._database.write(lambda connection: deletions.finish(connection, deletion_id, now=now))
+
+    # Routers
+
+    def beat(self, router_id: str, lease_s: float) -> None:
+        """This router is alive, for ``lease_s`` from now."""
+        now = self._now()
+        self._database.write(lambda connection: routers.beat(connection, router_id, lease_s, now=now))
+
+    def leave(self, router_id: str) -> None:
+        """Nobody waits for this router any more; what it held is free."""
+        self._database.write(lambda connection: routers.leave(connection, router_id))
+
+    def claim(self, name: str, holder: str, lease_s: float) -> bool:
+        """Takes or renews a named lease; False while another holder has it."""
+        now = self._now()
+        return self._database.write(
+            lambda connection: routers.claim(connection, name, holder, lease_s, now=now)
+        )
+
+    def _decide(self, adapter: AdapterName, change: Callable[[Connection], None]) -> AdapterRecord:
+        """Changes an adapter and tells how it is then, in one transaction."""
+        now = self.timestamp()
+
+        def decide(connection: Connection) -> AdapterRecord:
+            change(connection)
+            return adapter_rows.whole(connection, adapter, now=now)
+
+        return self._database.write(decide)
+
+    def _since(self) -> str:
+        """Keys of uploads that are older are forgotten."""
+        return timestamp(self._now(), -KEEP)
