@@ -168,7 +168,7 @@ def _check_peft_type(value: JsonValue) -> None:
         return
     if value is None:
         raise _invalid("peft_type", "is missing; only LORA is served")
-    raise _unsupported("peft_type", f"is {_described(value)}; only LORA is served")
+    raise _unsupported("peft_type", f"is {_described(value)}; only LORA is served: train with LoraConfig")
 
 
 def _check_init(value: JsonValue) -> None:
@@ -185,7 +185,9 @@ def _check_init(value: JsonValue) -> None:
             f"is {shown(value)}, which trains against a changed base; save the adapter with "
             "path_initial_model_for_weight_conversion, which turns it into a plain LoRA",
         )
-    raise _unsupported("init_lora_weights", f"is {shown(value)}, which is not known")
+    raise _unsupported(
+        "init_lora_weights", f"is {shown(value)}, which is not known here: train with init_lora_weights=true"
+    )
 
 
 def _check_auto_mapping(value: JsonValue) -> None:
@@ -212,7 +214,8 @@ def _check_other(name: str, value: JsonValue) -> None:
         raise _unsupported(
             name, f"is not known here and is set to {_described(value)}; remove it if it has no effect"
         )
-    raise _unsupported(name, f"is set: {reason}")
+    advice = "" if "train with" in reason else ": train without it"
+    raise _unsupported(name, f"is set: {reason}{advice}")
 
 
 def _rank(name: str, value: JsonValue) -> int:

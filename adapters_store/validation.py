@@ -44,20 +44,23 @@ MAX_WARNINGS = 20
 _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<matrix>[AB])(?:\.default)?\.weight")
 _PREFIX = "base_model.model."
 
+_NO_EMBEDDINGS = "adapters on embeddings are not served: leave them out of target_modules"
+_NO_LORA_BIAS = "biases on lora_B are not served: train with lora_bias=False"
+
 # Part of a tensor's name -> what it means that it is there; the first that fits is told.
 _HINTS = {
-    "lora_embedding_": "adapters on embeddings are not served",
-    "embed_tokens": "adapters on embeddings are not served",
-    "lm_head": "adapters on the output head are not served",
-    "wte": "adapters on embeddings are not served",
-    "lora_magnitude_vector": "DoRA is not served",
-    "lora_B.bias": "biases on lora_B are not served",
-    "lora_bias": "biases on lora_B are not served",
-    "lora_E": "AdaLoRA is not served",
-    "trainable_tokens": "trained token embeddings are not served",
-    "modules_to_save": "whole trained modules are not served",
-    "base_layer": "the base's own weights can't be replaced",
+    "lora_embedding_": _NO_EMBEDDINGS,
+    "trainable_tokens": "trained token embeddings are not served: train without trainable_token_indices",
+    "embed_tokens": _NO_EMBEDDINGS,
+    "lm_head": "adapters on the output head are not served: leave it out of target_modules",
+    "wte": _NO_EMBEDDINGS,
+    "lora_magnitude_vector": "DoRA is not served: train with use_dora=False",
+    "lora_B.bias": _NO_LORA_BIAS,
+    "lora_bias": _NO_LORA_BIAS,
+    "lora_E": "AdaLoRA is not served: train with LoraConfig",
+    "modules_to_save": "whole trained modules are not served: train without modules_to_save",
     ".bias": "trained biases are not served: train with bias='none'",
+    "base_layer": "the base's own weights can't be replaced: save the lora_A and lora_B tensors only",
     "lora_": "it is not <module>.lora_A.weight or <module>.lora_B.weight",
 }
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import adapter_factory as factory
 from adapter_factory import (
     make_adapter,
     make_manifest,
@@ -108,6 +107,60 @@ def test_an_adapter_that_would_answer_like_the_base_is_refused(tmp_path: Path, z
     }
     write_weights(tmp_path, tensors)
     assert refusal_of(tmp_path).code == "adapter_has_no_effect"
+
+
+def with_only(folder: Path, a: np.ndarray, b: np.ndarray) -> Path:
+    """One module's A and B; every other tensor is zero."""
+    make_adapter(folder, MANIFEST)
+    zeros = {
+        name: raw_tensor(np.zeros(tensor.shape, np.float32)) for name, tensor in read_raw(folder).items()
+    }
+    write_weights(folder, {**zeros, A: raw_tensor(a), B: raw_tensor(b)})
+    return folder
+
+
+def test_a_and_b_that_meet_in_no_rank_have_no_effect(tmp_path: Path) -> None:
+    a, b = np.zeros((4, 16), np.float32), np.zeros((16, 4), np.float32)
+    a[1], b[:, 2] = 1, 1
+    assert refusal_of(with_only(tmp_path, a, b)).code == "adapter_has_no_effect"
+    b[3, 1] = 1e-3
+    assert check(with_only(tmp_path, a, b)).rank == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "code"),
+    [
+        (1e-42, "float32", "adapter_has_no_effect"),  # devices flush denormals
+        (1e-30, "float32", None),
+        (1e-30, "bfloat16", None),
+        (1e-30, "float16", "adapter_has_no_effect"),
+        (2.0**-26, "float16", "adapter_has_no_effect"),  # folded by 2: half of float16's smallest number
+        (2.1 * 2.0**-26, "float16", None),
+        (4e4, "float16", "out_of_range"),
+        (4e4, "bfloat16", None),
+        (3e4, "float16", None),
+    ],
+)
+def test_effect_and_range_are_those_of_the_dtype_that_is_served(
+    tmp_path: Path, value: float, dtype: str, code: str | None
+) -> None:
+    a, b = np.full((4, 16), 1, np.float32), np.full((16, 4), value, np.float32)
+    folder, manifest = with_only(tmp_path, a, b), make_manifest(dtype=dtype)
+    if code is None:
+        assert check_adapter(folder, manifest, max_rank=64).rank == 4
+        return
+    with pytest.raises(AdapterInvalid) as refusal:
+        check_adapter(folder, manifest, max_rank=64)
+    assert refusal.value.code == code
+
+
+@pytest.mark.parametrize("alpha", [1e300, -1e300])
+def test_a_scaling_beyond_float32_is_refused_even_beside_a_zero_b(tmp_path: Path, alpha: float) -> None:
+    """Infinity times zero would be served as NaN."""
+    make_adapter(tmp_path, MANIFEST, config={"alpha_pattern": {"layers.0.self_attn.q_proj": alpha}})
+    write_weights(tmp_path, {**read_raw(tmp_path), B: f32(16, 4, value=0)})
+    refusal = refusal_of(tmp_path)
+    assert (refusal.code, refusal.param) == ("out_of_range", B)
 
 
 def test_one_module_with_an_effect_is_enough(tmp_path: Path) -> None:
@@ -217,27 +270,3 @@ def test_a_config_of_every_selector_is_checked_in_no_time(tmp_path: Path) -> Non
     folder = make_adapter(tmp_path, MANIFEST, config={"target_modules": names})
     assert len(json.dumps(names)) < 64 * 1024
     assert any("no tensors for" in warning for warning in check(folder).warnings)
-
-
-def test_an_adapter_that_peft_saved_is_served(tmp_path: Path) -> None:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=factory.HIDDEN,
-            intermediate_size=factory.INTERMEDIATE,
-            num_hidden_layers=factory.NUM_LAYERS,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
-    # No task_type: PEFT then writes auto_mapping.
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, rank_pattern={"q_proj": 2})
-    get_peft_model(base, config).save_pretrained(tmp_path)
-    checked = check(tmp_path)
-    assert checked.modules.keys() == MANIFEST.linears.keys()
-    assert checked.modules["model.layers.1.self_attn.q_proj"].rank == 2

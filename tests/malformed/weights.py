@@ -111,6 +111,12 @@ BAD_WEIGHTS = {
         plus(f"{Q0}.base_layer.bias", f32(16)),
         "unknown_module",
         f"{Q0}.base_layer.bias",
+        "bias='none'",
+    ),
+    "base's weight": (
+        plus(f"{Q0}.base_layer.weight", f32(16, 16)),
+        "unknown_module",
+        f"{Q0}.base_layer.weight",
         "can't be replaced",
     ),
     "another module's bias": (
