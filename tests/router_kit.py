@@ -136,9 +136,10 @@ def staged(kit: Kit) -> list[Path]:
 
 
 def stored(kit: Kit) -> list[Path]:
-    """Every file in the store's folder of objects, unfinished ones too."""
+    """Every file of an adapter in the store's folder of objects, unfinished ones too."""
     objects = store_folder(kit.options.store_url) / "objects"
-    return sorted(path for path in objects.rglob("*") if path.is_file() and path.name != ".lock")
+    found = (path for path in objects.rglob("*") if path.is_file() and path.parent.name != "catalogs")
+    return sorted(path for path in found if path.name != ".lock")
 
 
 def ask(client: TestClient, user_id: str | None = None, **more: Any) -> httpx2.Response:

@@ -5,24 +5,22 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from adapter_factory import make_adapter, make_manifest, write_config
-from tunefleet.adapters_store.catalog import Catalog
+from adapter_factory import write_config
+from store_kit import MANIFEST, adapter, keys, opened
+from tunefleet.adapters_store.arguments import check_metadata
 from tunefleet.adapters_store.memory_store import MemoryStore
 from tunefleet.adapters_store.objects import StoredObject
-from tunefleet.adapters_store.store import AdapterStore, check_metadata
+from tunefleet.adapters_store.store import AdapterStore
 from tunefleet.config import Options
 from tunefleet.core import ADAPTER_FILES
 from tunefleet.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, RequestInvalid, StoreError
 
 pytestmark = pytest.mark.anyio
-
-MANIFEST = make_manifest()
 
 
 @pytest.fixture
@@ -54,33 +52,6 @@ class LyingStore(MemoryStore):
         content = bytearray(stored.stream.read())
         content[-1] ^= 1
         return StoredObject(type(stored.stream)(bytes(content)), stored.size_bytes)  # type: ignore[call-arg]
-
-
-@asynccontextmanager
-async def opened(
-    tmp_path: Path, objects: MemoryStore | None = None, *, max_upload_bytes: int = 10**6
-) -> AsyncIterator[AdapterStore]:
-    store = AdapterStore(
-        objects or MemoryStore(),
-        Catalog(f"sqlite:///{tmp_path}/catalog.db"),
-        MANIFEST,
-        staging=tmp_path / "staging",
-        max_rank=64,
-        max_upload_bytes=max_upload_bytes,
-    )
-    try:
-        yield store
-        assert list((tmp_path / "staging").iterdir()) == []
-    finally:
-        await store.close()
-
-
-def adapter(tmp_path: Path, seed: int = 0) -> Path:
-    return make_adapter(tmp_path / f"adapter-{seed}", MANIFEST, seed=seed)
-
-
-def keys(store: AdapterStore) -> list[str]:
-    return [stored.key for stored in store.objects.list("")]
 
 
 async def test_a_push_answers_as_the_contract_says_and_is_live_at_once(tmp_path: Path) -> None:
