@@ -10,44 +10,42 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import hashlib
-import os
-import re
-import shutil
-import stat
+import logging
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tunefleet.adapters_store.byte_budget import ByteBudget
-from tunefleet.adapters_store.downloads import download
+from tunefleet.adapters_store.copies import Copies, checked_digest
+from tunefleet.adapters_store.disk_tier import CopyCorrupt, DiskTier
+from tunefleet.adapters_store.failures import Failures, load_failed
+from tunefleet.adapters_store.flights import Fetched, Flight, FlightAbandoned
+from tunefleet.adapters_store.holds import Holds
+from tunefleet.adapters_store.host_tier import HostTier
 from tunefleet.adapters_store.objects import ObjectStore
 from tunefleet.adapters_store.prepare import PreparedDtype, prepare_adapter, prepared_bytes
 from tunefleet.adapters_store.threads import Runner
-from tunefleet.adapters_store.validation import CheckedAdapter, Identity, check_tensors, identify
-from tunefleet.core import ADAPTER_FILES, AdapterRef, Manifest
+from tunefleet.core import AdapterRef, Manifest, PinTier
 from tunefleet.errors import AdapterInvalid, AdapterLoadFailed, InvalidState, StoreError
+from tunefleet.messages import HeldAdapter
 
-RETRY_AFTER_S = 1.0  # a failure is remembered this long, so that a crowd asks the store once
-NUM_TRANSFERS = 4
+FETCH_WAIT_S = 20.0  # a request waits so long for an adapter, while its flight may go on
+SLOW_RETRY_S = 5.0
+FORGET_WAIT_S = 5.0
+NUM_TRANSFERS = 8
 NUM_LOADS = 2
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_SHM = Path("/dev/shm")
+_HEADER_BYTES = 64 * 1024  # more than a prepared file has beside its weights, for most
+_CODES = {"object_corrupt": "adapter_corrupt", "object_not_found": "adapter_lost"}
+
+log = logging.getLogger("tunefleet.tiers")
 
 
-class Fetched(NamedTuple):
-    """A prepared file, and what it took to have it; zeros if it was there."""
+class Dropped(NamedTuple):
+    """Copies that were there and are gone."""
 
-    path: Path
-    download_s: float
-    load_s: float
-
-
-class _CopyCorrupt(Exception):
-    """A disk copy is not the adapter it should be."""
+    disk: int
+    host: int
 
 
 class Tiers:
@@ -56,6 +54,9 @@ class Tiers:
     Everything runs on one event loop; I/O runs in threads. ``fetch`` may be called by any number of tasks:
     one of them does the work. A fetched path stays until its digest is evicted, which pinning prevents: pin
     right after ``fetch`` returns, with no await between, and unpin when the last replica has unmapped it.
+
+    Args:
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -69,42 +70,48 @@ class Tiers:
         host_cache_bytes: int,
         disk_cache_bytes: int,
         clock: Callable[[], float] = time.monotonic,
+        fetch_wait_s: float = FETCH_WAIT_S,
+        forget_wait_s: float = FORGET_WAIT_S,
     ) -> None:
         self._objects = objects
         self._manifest = manifest
-        self._disk_dir = disk_dir
-        self._incoming = disk_dir / ".incoming"
-        self._host_dir = host_dir
         self._dtype: PreparedDtype = dtype
         self._clock = clock
-        self._disk = ByteBudget(disk_cache_bytes)
-        self._host = ByteBudget(host_cache_bytes)
+        self._fetch_wait_s = fetch_wait_s
+        self._forget_wait_s = forget_wait_s
+        self._disk = DiskTier(disk_dir, disk_cache_bytes)
+        self._host = HostTier(host_dir, host_cache_bytes)
         self._pins: collections.Counter[str] = collections.Counter()
-        self._flights: dict[str, asyncio.Task[Fetched]] = {}
-        self._forgotten: set[str] = set()  # digests to drop once their flight is over
-        self._failures: dict[str, tuple[float, AdapterLoadFailed]] = {}
+        self._holds = Holds(
+            disk_bytes=disk_cache_bytes, host_bytes=host_cache_bytes, prepared_bytes=self._prepared_bytes
+        )
+        self._flights: dict[str, Flight] = {}
+        self._tasks: dict[Flight, asyncio.Task[None]] = {}  # of abandoned flights too
+        self._failures = Failures(clock)
         self._transfer = Runner(NUM_TRANSFERS)
         self._prepare = Runner(NUM_LOADS)
-        self._start()
 
     async def fetch(self, ref: AdapterRef) -> Fetched:
         """The prepared file of an adapter, brought up from wherever a copy is.
 
         Raises:
-            AdapterLoadFailed: out of reach, corrupt or too large; ``retry_after_s`` says when to ask again.
+            AdapterLoadFailed: out of reach, slow, corrupt or too large; ``retry_after_s`` says when to ask
+                again, None that there is no use in it.
         """
-        self._pins[_checked(ref.digest)] += 1  # until this caller has it, nobody's eviction may take it
         try:
-            if self._is_on_host(ref.digest):
-                self._host.touch(ref.digest)
-                return Fetched(self._host_path(ref.digest), 0.0, 0.0)
-            self._raise_recent_failure(ref.digest)
-            fetched = await asyncio.shield(self._flights.get(ref.digest) or self._launch(ref))
-            if ref.digest not in self._host:
-                raise _deleted(ref.digest)
-            return fetched
-        finally:
-            self.unpin(ref.digest)
+            async with asyncio.timeout(self._fetch_wait_s):
+                return await self._up(ref, "host")
+        except TimeoutError:
+            raise AdapterLoadFailed(
+                f"adapter {ref.digest[:12]} is still on its way after {self._fetch_wait_s:g} s; try again",
+                code="adapter_slow",
+                param="adapter",
+                retry_after_s=SLOW_RETRY_S,
+            ) from None
+
+    async def prefetch(self, ref: AdapterRef, tier: PinTier) -> None:
+        """Brings an adapter up to ``tier``, however long that takes; raises as ``fetch``."""
+        await self._up(ref, tier)
 
     def pin(self, digest: str) -> None:
         """Keeps the prepared file of a fetched digest until ``unpin``; pins count."""
@@ -119,13 +126,37 @@ class Tiers:
         if not self._pins[digest]:
             del self._pins[digest]
 
-    async def forget(self, digest: str) -> None:
-        """Drops every copy, mapped or not (a mapped file's memory goes with the last mapping)."""
-        flight = self._flights.get(digest)
+    def hold(self, holder: Hashable, adapters: Sequence[HeldAdapter]) -> None:
+        """Exempts adapters from eviction, as soon as they are there, instead of what ``holder`` held before.
+
+        What doesn't fit is refused with a line in the log.
+        """
+        self._holds.hold(holder, adapters)
+
+    def missing_held(self) -> list[HeldAdapter]:
+        """Held adapters that are not in their tier."""
+        return [
+            held
+            for held in self._holds.granted()
+            if held.adapter.digest not in self._disk
+            or (held.tier == "host" and held.adapter.digest not in self._host)
+        ]
+
+    async def forget(self, digest: str) -> Dropped:
+        """Drops every copy, mapped or not (a mapped file's memory goes with the last mapping).
+
+        What is on its way is dropped when it arrives; that is waited for, but not for long.
+        """
+        flight = self._flights.pop(checked_digest(digest), None)
         if flight is not None:
-            self._forgotten.add(digest)
-            await asyncio.wait([flight])
-        await self._drop(digest)
+            flight.abandon()
+        self._holds.forget(digest)
+        disk, host = self._disk.take_out(digest), self._host.take_out(digest)
+        await self._disk.remove([disk])
+        await self._host.remove([host])
+        if flight is not None:
+            await asyncio.wait([self._tasks[flight]], timeout=self._forget_wait_s)
+        return Dropped(int(disk is not None), int(host is not None))
 
     def host_bytes(self) -> dict[str, int]:
         """Size of each prepared file in memory, the one to be evicted first at the front."""
@@ -136,247 +167,169 @@ class Tiers:
 
     async def close(self) -> None:
         """Waits for what is under way, then empties the host tier."""
-        if self._flights:
-            await asyncio.wait(list(self._flights.values()))
-        await self._prepare(lambda: shutil.rmtree(self._host_dir, ignore_errors=True))
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()))
+        await self._host.close()
 
     def check(self) -> None:
         """Raises InvalidState unless folders and books agree; only while nothing is under way."""
-        on_host = {path.name: path.stat().st_size for path in self._host_dir.iterdir()}
-        if on_host != {self._host_path(digest).name: size for digest, size in self._host.sizes().items()}:
-            raise InvalidState("the host folder differs from its books")
-        on_disk = {path.name for path in self._disk_dir.iterdir() if _DIGEST.fullmatch(path.name)}
-        leftovers = [*self._incoming.iterdir(), *self._disk_dir.glob(".gone-*")]
-        if on_disk != self._disk.sizes().keys() or leftovers:
-            raise InvalidState("the disk folder differs from its books")
         self._host.check()
         self._disk.check()
 
-    def _start(self) -> None:
-        """Takes over the disk copies of earlier processes and clears what crashes left."""
-        leftovers = list(self._disk_dir.glob(".*")) if self._disk_dir.exists() else []
-        _remove([*leftovers, self._host_dir])
-        self._incoming.mkdir(mode=0o700, parents=True)
-        self._host_dir.mkdir(mode=0o700, parents=True)
-        copies = [path for path in self._disk_dir.iterdir() if _DIGEST.fullmatch(path.name)]
-        for path in sorted(copies, key=lambda path: path.stat().st_mtime):
-            size = sum((path / file).stat().st_size for file in ADAPTER_FILES if (path / file).is_file())
-            victims = self._disk.victims(size, self._is_moving)
-            if victims is None:
-                shutil.rmtree(path, ignore_errors=True)
-                continue
-            for digest in victims:
-                self._disk.remove(digest)
-                shutil.rmtree(self._disk_path(digest), ignore_errors=True)
-            self._disk.add(path.name, size)
+    async def _up(self, ref: AdapterRef, tier: PinTier) -> Fetched:
+        """Joins or starts flights until the adapter is in ``tier``, or its own objects have failed.
 
-    def _launch(self, ref: AdapterRef) -> asyncio.Task[Fetched]:
+        Others may have the same bytes under other keys: what becomes of theirs is not this caller's trouble.
+        """
+        digest = checked_digest(ref.digest)
+        self._pins[digest] += 1  # until this caller has it, nobody's eviction may take it
+        try:
+            while not self._is_in(digest, tier):
+                flight = self._flights.get(digest) or self._launch(ref, tier)
+                with self._anothers_trouble(flight.ref, ref):
+                    await asyncio.wait([flight.landed])  # which doesn't end with this caller
+                    fetched = flight.landed.result()
+                    if self._is_in(digest, tier):
+                        return fetched
+            copies = self._host if tier == "host" else self._disk
+            copies.touch(digest)
+            return Fetched(copies.path(digest), 0.0, 0.0)
+        finally:
+            self.unpin(digest)
+
+    @contextlib.contextmanager
+    def _anothers_trouble(self, theirs: AdapterRef, ours: AdapterRef) -> Iterator[None]:
+        try:
+            yield
+        except AdapterLoadFailed:
+            if theirs.key == ours.key:
+                raise
+
+    def _is_in(self, digest: str, tier: PinTier) -> bool:
+        return (self._host if tier == "host" else self._disk).is_there(digest)
+
+    def _launch(self, ref: AdapterRef, tier: PinTier) -> Flight:
         """Starts the one flight of a digest; it goes on if those who wait are cancelled."""
-        flight = asyncio.create_task(self._bring(ref))
-        self._flights[ref.digest] = flight
-        flight.add_done_callback(lambda done: self._landed(ref.digest, done))
+        self._failures.raise_recent(ref)
+        flight = self._flights[ref.digest] = Flight(ref, tier)
+        task = self._tasks[flight] = asyncio.create_task(self._fly(flight))
+        task.add_done_callback(lambda _: self._tasks.pop(flight))
         return flight
 
-    def _landed(self, digest: str, flight: asyncio.Task[Fetched]) -> None:
-        del self._flights[digest]
-        error = None if flight.cancelled() else flight.exception()
-        if isinstance(error, AdapterLoadFailed) and error.code != "adapter_deleted":
-            now = self._clock()
-            self._failures = {key: value for key, value in self._failures.items() if value[0] > now}
-            self._failures[digest] = (now + RETRY_AFTER_S, error)
-
-    def _raise_recent_failure(self, digest: str) -> None:
-        until, error = self._failures.get(digest, (0.0, None))
-        if error is not None and self._clock() < until:
-            raise _failed(error.message, error.code, retry_after_s=error.retry_after_s) from error
-
-    async def _bring(self, ref: AdapterRef) -> Fetched:
-        """One flight: every way it can fail is an AdapterLoadFailed."""
+    async def _fly(self, flight: Flight) -> None:
+        """One flight: every way in which it can fail is an AdapterLoadFailed."""
+        result: Fetched | AdapterLoadFailed
         try:
-            fetched = await self._climb(ref)
-        except (AdapterInvalid, StoreError, OSError) as error:
-            raise _failed(
-                f"adapter {ref.digest[:12]} can't be fetched: {error}", "adapter_unavailable"
-            ) from error
-        finally:
-            is_forgotten = ref.digest in self._forgotten
-            if is_forgotten:
-                self._forgotten.discard(ref.digest)
-                await self._drop(ref.digest)
-        if is_forgotten:
-            raise _deleted(ref.digest)
-        return fetched
+            result = await self._climb(flight)
+        except FlightAbandoned:
+            return
+        except Exception as error:  # whatever it is, those who wait must be told
+            result = _failure(flight.ref, error)
+        if flight.is_abandoned:
+            return
+        del self._flights[flight.ref.digest]
+        if isinstance(result, AdapterLoadFailed):
+            self._failures.note(flight.ref, result)
+        flight.land(result)
 
-    async def _climb(self, ref: AdapterRef) -> Fetched:
+    async def _climb(self, flight: Flight) -> Fetched:
         """Store to disk to host; a disk copy that turns out corrupt is replaced once."""
+        digest = flight.ref.digest
         download_s = 0.0
         while True:
-            is_fresh = ref.digest not in self._disk
+            is_fresh = not self._is_in(digest, "disk")
             if is_fresh:
-                download_s += await self._to_disk(ref)
+                download_s += await self._to_disk(flight)
             try:
-                load_s = await self._to_host(ref)
-                return Fetched(self._host_path(ref.digest), download_s, load_s)
-            except _CopyCorrupt as error:
-                await self._drop_disk(ref.digest)
+                load_s = await self._to_host(flight)
+                copies = self._host if flight.tier == "host" else self._disk
+                return Fetched(copies.path(digest), download_s, load_s)
+            except CopyCorrupt as error:
+                flight.check()
                 if is_fresh:
-                    raise _failed(
-                        f"adapter {ref.digest[:12]}: the store's copy is not what was uploaded ({error}); "
-                        "upload it again",
-                        "adapter_corrupt",
-                    ) from error
+                    await self._disk.quarantine(digest)
+                    raise _corrupt(flight.ref, error) from error
+                log.warning("the disk copy of adapter %s is corrupt (%s); fetching it again", digest, error)
+                await self._disk.remove([self._disk.take_out(digest)])
+                flight.check()
 
-    async def _to_disk(self, ref: AdapterRef) -> float:
+    async def _to_disk(self, flight: Flight) -> float:
         """Downloads both files; returns seconds."""
-        began = self._clock()
-        await self._make_room(self._disk, ref.digest, ref.size_bytes, "disk_cache_bytes")
-        try:
-            await self._transfer(lambda: self._download(ref))
-        except BaseException:
-            self._disk.remove(ref.digest)
-            raise
+        began, ref = self._clock(), flight.ref
+        with self._booking(self._disk, flight):
+            await self._disk.book(ref.digest, ref.size_bytes, self._is_needed_on_disk)
+            flight.check()
+            received = await self._transfer(lambda: self._disk.receive(self._objects, ref))
+            if flight.is_abandoned:
+                await self._disk.discard(received)
+            flight.check()
+            await self._disk.publish(received, ref.digest)
         return self._clock() - began
 
-    async def _to_host(self, ref: AdapterRef) -> float:
-        """Verifies the disk copy and writes the prepared file; returns seconds."""
-        began = self._clock()
-        checked = await self._prepare(lambda: self._verified(ref))
-        self._disk.touch(ref.digest)
-        size = prepared_bytes(checked, self._dtype)
-        await self._make_room(self._host, ref.digest, size, "host_cache_bytes")
-        disk, out = self._disk_path(ref.digest), self._host_path(ref.digest)
-        try:
-            await self._prepare(lambda: prepare_adapter(disk, checked, out, dtype=self._dtype))
-        except BaseException:
-            self._host.remove(ref.digest)
-            raise
+    async def _to_host(self, flight: Flight) -> float:
+        """Verifies the disk copy and, if it goes there, writes the prepared file; returns seconds."""
+        began, digest = self._clock(), flight.ref.digest
+        checked = await self._prepare(lambda: self._disk.verified(flight.ref, self._manifest))
+        flight.check()
+        self._disk.touch(digest)
+        if flight.tier == "disk":
+            return self._clock() - began
+        disk, written = self._disk.path(digest), self._host.new_path()
+        with self._booking(self._host, flight):
+            size = prepared_bytes(checked, self._dtype)
+            await self._host.book(digest, size, self._is_needed_on_host)
+            flight.check()
+            await self._prepare(lambda: prepare_adapter(disk, checked, written, dtype=self._dtype))
+            if flight.is_abandoned:
+                await self._host.remove([written])
+            flight.check()
+            await self._host.publish(written, digest)
         return self._clock() - began
 
-    async def _make_room(self, budget: ByteBudget, digest: str, size: int, option: str) -> None:
-        """Books ``size`` for ``digest`` at once, then removes the files of those that had to go."""
-        is_busy = self._is_needed if budget is self._host else self._is_moving
-        victims = budget.victims(size, is_busy)
-        if victims is None:
-            is_hopeless = size > budget.max_bytes
-            raise _failed(
-                f"adapter {digest[:12]} needs {size} bytes of {option} ({budget.max_bytes})"
-                + ("" if is_hopeless else ", which is in use"),
-                "adapter_too_large" if is_hopeless else "adapter_no_room",
-                retry_after_s=None if is_hopeless else RETRY_AFTER_S,
-            )
-        path_of = self._host_path if budget is self._host else self._disk_path
-        for victim in victims:
-            budget.remove(victim)
-        gone = [_set_aside(path_of(victim)) for victim in victims]
-        budget.add(digest, size)
-        if gone:
-            await self._prepare(lambda: _remove(gone))
-
-    def _is_on_host(self, digest: str) -> bool:
-        """Booked, written and still there: a tmpfs may be cleared by somebody else."""
-        if digest not in self._host or digest in self._flights:
-            return False
-        if self._host_path(digest).exists():
-            return True
-        self._host.remove(digest)
-        return False
-
-    def _is_moving(self, digest: str) -> bool:
-        return digest in self._flights
-
-    def _is_needed(self, digest: str) -> bool:
-        return digest in self._flights or digest in self._pins
-
-    def _download(self, ref: AdapterRef) -> None:
-        incoming = self._incoming / uuid.uuid4().hex
-        incoming.mkdir(mode=0o700)
+    @contextlib.contextmanager
+    def _booking(self, copies: Copies, flight: Flight) -> Iterator[None]:
+        """Takes a booking back if no copy comes to be; that of an abandoned flight is gone already."""
         try:
-            for file in ADAPTER_FILES:
-                download(self._objects, f"{ref.key}/{file}", incoming / file, max_bytes=ref.size_bytes)
-            target = self._disk_path(ref.digest)
-            shutil.rmtree(target, ignore_errors=True)
-            incoming.rename(target)
-        finally:
-            shutil.rmtree(incoming, ignore_errors=True)
+            yield
+            flight.check()
+        except BaseException:
+            if not flight.is_abandoned and flight.ref.digest in copies:
+                copies.unbook(flight.ref.digest)
+            raise
 
-    def _verified(self, ref: AdapterRef) -> CheckedAdapter:
-        folder = self._disk_path(ref.digest)
-        identity = _identity(folder)
-        if identity.digest != ref.digest or identity.weights_sha256 != ref.weights_sha256:
-            raise _CopyCorrupt(f"its digest is {identity.digest[:12]}")
-        with contextlib.suppress(OSError):
-            os.utime(folder)  # the order of use, for the next process
-        try:
-            return check_tensors(folder, identity, self._manifest, max_rank=ref.rank)
-        except AdapterInvalid as error:
-            raise _failed(error.message, error.code, retry_after_s=None) from error
+    def _is_needed_on_disk(self, digest: str) -> bool:
+        return digest in self._flights or self._holds.tier(digest) is not None
 
-    async def _drop(self, digest: str) -> None:
-        if digest in self._host:
-            self._host.remove(digest)
-            gone = [_set_aside(self._host_path(digest))]
-            await self._prepare(lambda: _remove(gone))
-        await self._drop_disk(digest)
+    def _is_needed_on_host(self, digest: str) -> bool:
+        return digest in self._flights or digest in self._pins or self._holds.tier(digest) == "host"
 
-    async def _drop_disk(self, digest: str) -> None:
-        if digest in self._disk:
-            self._disk.remove(digest)
-            gone = [_set_aside(self._disk_path(digest))]
-            await self._prepare(lambda: _remove(gone))
-
-    def _disk_path(self, digest: str) -> Path:
-        return self._disk_dir / _checked(digest)
-
-    def _host_path(self, digest: str) -> Path:
-        return self._host_dir / f"{_checked(digest)}.safetensors"
+    def _prepared_bytes(self, ref: AdapterRef) -> int:
+        """Of a prepared file: as it is, or an upper bound (an upload has at least two bytes per value)."""
+        known = self._host.size_of(ref.digest)
+        bound = ref.size_bytes * (2 if self._dtype == "float32" else 1) + _HEADER_BYTES
+        return bound if known is None else known
 
 
-def default_host_dir(disk_dir: Path, host_cache_bytes: int) -> Path:
-    """A private folder in memory, or one beside the disk tier where ``/dev/shm`` is missing or too small."""
-    parent = _SHM / f"tunefleet-{os.getuid()}"
-    try:
-        parent.mkdir(mode=0o700, exist_ok=True)
-        status, space = parent.lstat(), os.statvfs(parent)
-    except OSError:
-        return disk_dir / "host"
-    is_ours = status.st_uid == os.getuid() and status.st_mode == stat.S_IFDIR | 0o700
-    if not is_ours or space.f_bavail * space.f_frsize < host_cache_bytes:
-        return disk_dir / "host"
-    return parent / hashlib.sha256(str(disk_dir.absolute()).encode()).hexdigest()[:12]
+def _failure(ref: AdapterRef, error: Exception) -> AdapterLoadFailed:
+    name = f"adapter {ref.digest[:12]}"
+    if isinstance(error, AdapterLoadFailed):
+        return error
+    if isinstance(error, AdapterInvalid):
+        failed = load_failed(f"{name} can't be served: {error.message}", "adapter_invalid", for_good=True)
+    elif isinstance(error, StoreError) and error.code in _CODES:
+        log.error("%s under %s: %s", name, ref.key, error)
+        failed = load_failed(f"{name}: {error.message}; upload it again", _CODES[error.code])
+    else:
+        if not isinstance(error, (StoreError, OSError)):
+            log.error("%s can't be fetched", name, exc_info=error)
+        failed = load_failed(f"{name} can't be fetched now: {error}", "adapter_unavailable")
+    failed.__cause__ = error
+    return failed
 
 
-def _identity(folder: Path) -> Identity:
-    try:
-        return identify(folder)
-    except (AdapterInvalid, OSError) as error:
-        raise _CopyCorrupt(str(error)) from error
-
-
-def _set_aside(path: Path) -> Path:
-    """Takes a copy's name away at once, so that its slow removal can't hit the next copy of that name."""
-    gone = path.with_name(f".gone-{uuid.uuid4().hex}")
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(gone)
-    return gone
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _checked(digest: str) -> str:
-    if not _DIGEST.fullmatch(digest):
-        raise InvalidState(f"{digest!r} is no digest")
-    return digest
-
-
-def _failed(message: str, code: str, *, retry_after_s: float | None = RETRY_AFTER_S) -> AdapterLoadFailed:
-    return AdapterLoadFailed(message, code=code, param="adapter", retry_after_s=retry_after_s)
-
-
-def _deleted(digest: str) -> AdapterLoadFailed:
-    return _failed(f"adapter {digest[:12]} was deleted meanwhile", "adapter_deleted", retry_after_s=None)
+def _corrupt(ref: AdapterRef, error: CopyCorrupt) -> AdapterLoadFailed:
+    log.error("the store's copy of adapter %s under %s is corrupt: %s", ref.digest, ref.key, error)
+    return load_failed(
+        f"adapter {ref.digest[:12]}: the store's copy is not what was uploaded ({error}); upload it again",
+        "adapter_corrupt",
+    )

@@ -234,7 +234,7 @@ class AdapterUnavailable(Message, frozen=True):
     key: str
     message: str
     code: str
-    retry_after_s: float
+    retry_after_s: float  # 0: there is no use in asking again
 
 
 class Evict(Message, frozen=True):

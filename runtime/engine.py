@@ -130,12 +130,20 @@ class Engine:
         except AdapterLoadFailed as error:
             self.adapter_failed(digest, error.message, error.code, retry_after_s=1.0)
 
-    def adapter_failed(self, digest: str, message: str, code: str, retry_after_s: float = 0.0) -> None:
-        """Ends the sequences that wait for this adapter, and only those."""
+    def adapter_failed(
+        self, digest: str, message: str, code: str, retry_after_s: float = 0.0, *, key: str | None = None
+    ) -> None:
+        """Ends the sequences that wait for this adapter, and only those.
+
+        Args:
+            key: of the objects that failed; those who have the same adapter under another key wait on.
+        """
         self._fetching.discard(digest)
-        for sequence in [s for s in self.scheduler.waiting if s.digest == digest]:
-            self.scheduler.finish(sequence, FinishReason.ERROR)
-            self._fail(sequence.request_id, message, code, retry_after_s)
+        for sequence in list(self.scheduler.waiting):
+            ref = sequence.adapter
+            if ref is not None and ref.digest == digest and key in (None, ref.key):
+                self.scheduler.finish(sequence, FinishReason.ERROR)
+                self._fail(sequence.request_id, message, code, retry_after_s)
 
     def evict(self, digest: str) -> bool:
         """Drops an adapter from its slot and forgets its file; False while a sequence still uses it."""

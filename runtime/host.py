@@ -16,19 +16,23 @@ import time
 from collections.abc import Coroutine
 from pathlib import Path
 
+from tunefleet.adapters_store.host_tier import default_host_dir
+from tunefleet.adapters_store.keeper import Keeper
 from tunefleet.adapters_store.objects import open_store
 from tunefleet.adapters_store.prepare import PreparedDtype
-from tunefleet.adapters_store.tiers import Tiers, default_host_dir
+from tunefleet.adapters_store.tiers import Tiers
 from tunefleet.config import runtime_dir
 from tunefleet.core import Manifest
 from tunefleet.errors import TunefleetError
 from tunefleet.messages import (
     AdapterMapped,
+    Evicted,
     FetchAdapter,
     Forget,
-    Forgotten,
     Hello,
+    Hold,
     HostOptions,
+    Prefetch,
     Refused,
     ReplicaHello,
     ReplicaLoad,
@@ -111,10 +115,13 @@ class HostProcess:
                 router.send(owned.status())
             case Forget():
                 self._spawn(self._forget(owned, router, message.digest))
+            case Hold():
+                owned.keeper.hold(router, message.adapters)
+            case Prefetch():
+                owned.keeper.prefetch(message.adapter, message.tier)
 
     async def _forget(self, owned: _Owned, router: Connection[Inbound], digest: str) -> None:
-        await owned.lending.forget(digest, owned.supervisor.replicas)
-        router.send(Forgotten(digest=digest))
+        router.send(await owned.lending.forget(digest, owned.supervisor.replicas))
 
     def _on_replica(self, owned: _Owned, record: Record, message: Inbound) -> None:
         match message:
@@ -126,6 +133,8 @@ class HostProcess:
                 self._spawn(owned.lending.lend(record, message.adapter))
             case AdapterMapped():
                 owned.lending.mapped(record, message.digest)
+            case Evicted():
+                owned.lending.evicted(record, message)
 
     def _on_close(self, connection: Connection[Inbound]) -> None:
         owned = self._owned
@@ -190,6 +199,7 @@ class _Owned:
                 disk_cache_bytes=options.disk_cache_bytes,
             )
         )
+        self.keeper = Keeper(self.lending.tiers)
         self._memory = MemoryMeter(time.monotonic)
         self._routers = routers
         self.supervisor = Supervisor(options, folder, folder / HOST_SOCKET, self)
@@ -218,7 +228,8 @@ class _Owned:
         )
 
     def release(self, router: Connection[Inbound]) -> None:
-        """A router is gone, and so are its held requests."""
+        """A router is gone, and so are its held requests and adapters."""
+        self.keeper.release(router)
         self.held = {key: other for key, other in self.held.items() if other is not router}
 
     def replicas_changed(self) -> None:
@@ -241,6 +252,7 @@ class _Owned:
 
     async def close(self) -> None:
         await self.supervisor.close()
+        await self.keeper.close()
         await self.lending.tiers.close()
 
 

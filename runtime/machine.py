@@ -226,6 +226,10 @@ class Machine:
     # ---- host process
 
     async def _joined(self) -> None:
+        """Waits for a host process that was lost; starts it again where that has failed before."""
+        is_lost = self._host is not None and not self._host.is_open
+        if is_lost and self._joining is None and not self._closing:
+            self._joining = asyncio.get_running_loop().create_task(self._rejoin())
         if self._joining is not None:
             await asyncio.shield(self._joining)
 

@@ -26,6 +26,7 @@ from tunefleet.messages import (
     Cancel,
     Drain,
     Evict,
+    Evicted,
     FetchAdapter,
     Fork,
     HostToReplica,
@@ -148,7 +149,11 @@ class ReplicaProcess:
             self._tell_host(FetchAdapter(adapter=ref))
 
     def _evict(self) -> None:
-        self._evicting -= {digest for digest in self._evicting if self._engine.evict(digest)}
+        """Empties the slots that were asked for and that no sequence uses, and says so."""
+        active = set(self._engine.slots.digests)
+        for digest in [digest for digest in self._evicting if self._engine.evict(digest)]:
+            self._evicting.discard(digest)
+            self._tell_host(Evicted(digest=digest, was_active=digest in active))
 
     def _tell_load(self) -> None:
         scheduler = self._engine.scheduler
@@ -164,7 +169,7 @@ class ReplicaProcess:
             self._load, self._load_sent_at = load, now
             self._tell_host(load)
 
-    def _tell_host(self, message: ReplicaLoad | FetchAdapter | AdapterMapped) -> None:
+    def _tell_host(self, message: ReplicaLoad | FetchAdapter | AdapterMapped | Evicted) -> None:
         assert self._host is not None
         self._host.send(message)
 
@@ -195,7 +200,7 @@ class ReplicaProcess:
                 self._tell_host(AdapterMapped(digest=message.digest))
             case AdapterUnavailable():
                 self._engine.adapter_failed(
-                    message.digest, message.message, message.code, message.retry_after_s
+                    message.digest, message.message, message.code, message.retry_after_s, key=message.key
                 )
             case Evict():
                 self._evicting.add(message.digest)

@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from test_tiers import Setup
-from tunefleet.messages import AdapterReady, AdapterUnavailable, Evict, HostToReplica, ReplicaToHost
+from tiers_kit import Setup
+from tunefleet.core import AdapterRef
+from tunefleet.messages import (
+    AdapterReady,
+    AdapterUnavailable,
+    Evict,
+    Evicted,
+    Forgotten,
+    HostToReplica,
+    Message,
+    ReplicaLoad,
+    ReplicaToHost,
+)
 from tunefleet.runtime.lending import Lending
 from tunefleet.runtime.replicas import Record
-from tunefleet.runtime.wire import Connection, FrameReader
+from tunefleet.runtime.wire import Connection, FrameReader, frame
 
 
 class Replica(NamedTuple):
-    """A record whose connection ends in a list."""
+    """A record whose connection ends in a wire of the test's."""
 
     record: Record
-    sent: bytearray
+    wire: Wire
 
     def messages(self) -> list[HostToReplica]:
-        return FrameReader[HostToReplica](HostToReplica).feed(bytes(self.sent))
+        return FrameReader[HostToReplica](HostToReplica).feed(bytes(self.wire.written))
+
+    def when(self, message: Message, then: Callable[[Record], None]) -> None:
+        """Does something once that was sent to it."""
+        self.wire.reactions[frame(message)] = lambda: then(self.record)
 
 
 class Wire(asyncio.Transport):
-    """A transport that keeps what is written."""
+    """A transport that keeps what is written, and may react to it in the loop's next turn."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written = bytearray()
+        self.reactions: dict[bytes, Callable[[], None]] = {}
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += data
+        reaction = self.reactions.get(bytes(data))
+        if reaction is not None:
+            asyncio.get_running_loop().call_soon(reaction)
 
     def is_closing(self) -> bool:
         return False
@@ -41,7 +61,11 @@ def replica(replica_id: str) -> Replica:
     connection = Connection[ReplicaToHost](ReplicaToHost, lambda *_: None, lambda _: None)
     wire = Wire()
     connection.connection_made(wire)
-    return Replica(Record(replica_id, "cpu", "", connection=connection), wire.written)
+    return Replica(Record(replica_id, "cpu", "", connection=connection), wire)
+
+
+def gone(ref: AdapterRef, *, active: bool) -> Evicted:
+    return Evicted(digest=ref.digest, was_active=active)
 
 
 def test_an_offered_file_outlives_pressure_until_it_is_mapped(tmp_path: Path) -> None:
@@ -91,23 +115,58 @@ def test_what_can_not_be_lent_is_told_to_its_replica_alone(tmp_path: Path) -> No
             await asyncio.gather(lending.lend(one.record, bad), lending.lend(other.record, good))
             [refusal] = one.messages()
             assert isinstance(refusal, AdapterUnavailable)
-            assert bad.digest == refusal.digest
+            assert (bad.digest, bad.key, "adapter_lost") == (refusal.digest, refusal.key, refusal.code)
             assert refusal.retry_after_s > 0
             assert [AdapterReady] == [type(message) for message in other.messages()]
 
     asyncio.run(scenario())
 
 
-def test_forgetting_tells_every_replica_and_drops_the_copies(tmp_path: Path) -> None:
+def test_forgetting_drops_the_copies_and_counts_those_in_slots(tmp_path: Path) -> None:
     async def scenario() -> None:
         setup = Setup(tmp_path)
         ref = setup.store(0)
         async with setup.tiers() as tiers:
-            lending, replicas = Lending(tiers), [replica("r1"), replica("r2")]
-            await lending.lend(replicas[0].record, ref)
-            await lending.forget(ref.digest, [each.record for each in replicas])
-            assert all(Evict(digest=ref.digest) in each.messages() for each in replicas)
+            lending, one, other = Lending(tiers), replica("r1"), replica("r2")
+            await lending.lend(one.record, ref)
+            asked = Evict(digest=ref.digest)
+            one.when(asked, lambda record: lending.evicted(record, gone(ref, active=True)))
+            other.when(asked, lambda record: lending.evicted(record, gone(ref, active=False)))
+            forgotten = await lending.forget(ref.digest, [one.record, other.record])
+            assert Forgotten(digest=ref.digest, disk=1, host=1, device=1) == forgotten
             assert tiers.host_bytes() == {}
-            lending.mapped(replicas[0].record, ref.digest)
+            lending.mapped(one.record, ref.digest)
+            assert Forgotten(digest=ref.digest) == await lending.forget(ref.digest, [])
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_still_uses_an_adapter_is_not_waited_for_long(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        setup = Setup(tmp_path)
+        ref = setup.store(0)
+        async with setup.tiers() as tiers:
+            lending, busy = Lending(tiers, forget_wait_s=0.02), replica("r1")
+            for _ in range(2):
+                forgotten = await lending.forget(ref.digest, [busy.record])
+                assert Forgotten(digest=ref.digest, in_use=1) == forgotten
+            assert [Evict(digest=ref.digest)] == busy.messages()  # it was asked once
+            lending.evicted(busy.record, gone(ref, active=True))
+            lending.evicted(busy.record, gone(ref, active=True))  # nobody waits any more
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_ends_takes_its_slots_with_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        setup = Setup(tmp_path)
+        ref = setup.store(0)
+        async with setup.tiers() as tiers:
+            lending, dying, unreachable = Lending(tiers), replica("r1"), replica("r2")
+            unreachable.record.connection = None
+            dying.record.load = ReplicaLoad(num_running=1, num_waiting=0, num_steps=9, digests=(ref.digest,))
+            dying.when(Evict(digest=ref.digest), lending.end)
+            forgotten = await lending.forget(ref.digest, [dying.record, unreachable.record])
+            assert Forgotten(digest=ref.digest, device=1) == forgotten
 
     asyncio.run(scenario())
