@@ -165,7 +165,7 @@ def _take_adapters(connection: Connection, tenant: str, user_id: str) -> list[_I
 
 def _request(
     connection: Connection,
-    whose: dict[str, object],
+    whose: Mapping[str, object],
     items: Iterable[_Item],
     removed: dict[str, int],
     *,

@@ -1,4 +1,4 @@
-"""What is live, and what was: a stack per adapter. Promote pushes; rollback pops, and marks what it popped."""
+"""What is live, and what was: a stack per adapter. Promote pushes; rollback pops, and marks what it took."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def promote(
     connection: Connection, adapter: AdapterName, version: int, *, if_live: int | None, now: str
 ) -> VersionRecord:
     """Makes a version live; nothing happens where it is."""
-    row, found = _locked(connection, adapter, version)
+    row = adapter_rows.lock(connection, adapter)
+    found = version_rows.find(connection, row.adapter_id, version)
+    if found is None:
+        raise adapter_names.no_version(adapter, version)
     adapter_rows.check_live(adapter, row.live_version, if_live)
     if row.live_version != version:
         push(connection, row, version, now=now)
@@ -29,18 +32,12 @@ def rollback(
     """Makes live what was live before, or the version ``to``, which must have been live once."""
     row = adapter_rows.lock(connection, adapter)
     adapter_rows.check_live(adapter, row.live_version, if_live)
-    entry = _entry_before(connection, adapter, row) if to is None else None
-    version = entry.version if entry is not None else to
+    version = to if to is not None else _version_before(connection, adapter, row)
     found = version_rows.find(connection, row.adapter_id, version)
     if found is None:
         raise adapter_names.no_version(adapter, version)
     if version != row.live_version:
-        entry = entry or _latest(connection, row.adapter_id, _version_is(version) & _STANDS)
-        if entry is not None:
-            _pop(connection, row, entry, now=now)
-        else:
-            _check_was_live(connection, adapter, row, version)
-            push(connection, row, version, now=now)
+        _go_back(connection, adapter, row, version, now=now)
     return version_rows.record(found, version)
 
 
@@ -60,26 +57,25 @@ def forget(connection: Connection, adapter_id: int, version: int | None = None) 
     connection.execute(live_history.delete().where(gone))
 
 
-def _locked(connection: Connection, adapter: AdapterName, version: int) -> tuple[Row[Any], Row[Any]]:
-    row = adapter_rows.lock(connection, adapter)
-    found = version_rows.find(connection, row.adapter_id, version)
-    if found is None:
-        raise adapter_names.no_version(adapter, version)
-    return row, found
-
-
-def _entry_before(connection: Connection, adapter: AdapterName, row: Row[Any]) -> Row[Any]:
+def _version_before(connection: Connection, adapter: AdapterName, row: Row[Any]) -> int:
     entry = _latest(connection, row.adapter_id, (live_history.c.version != row.live_version) & _STANDS)
     if entry is None:
         raise AdapterConflict(
             f"nothing of {adapter.user_id!r} was live before: promote a version instead",
             code="no_earlier_version",
         )
-    return entry
+    return int(entry.version)
 
 
-def _check_was_live(connection: Connection, adapter: AdapterName, row: Row[Any], version: int) -> None:
-    if _latest(connection, row.adapter_id, _version_is(version)) is None:
+def _go_back(connection: Connection, adapter: AdapterName, row: Row[Any], version: int, *, now: str) -> None:
+    """Down the stack; a version that was taken from it comes on top again."""
+    its = live_history.c.version == version
+    entry = _latest(connection, row.adapter_id, its & _STANDS)
+    if entry is not None:
+        _pop(connection, row, entry, now=now)
+    elif _latest(connection, row.adapter_id, its) is not None:
+        push(connection, row, version, now=now)
+    else:
         raise AdapterConflict(
             f"version {version} of {adapter.user_id!r} was never live: promote it instead",
             code="never_live",
@@ -112,10 +108,6 @@ def _latest(connection: Connection, adapter_id: int, which: ColumnElement[bool])
         .limit(1)
     )
     return connection.execute(query).one_or_none()
-
-
-def _version_is(version: int) -> ColumnElement[bool]:
-    return live_history.c.version == version
 
 
 _STANDS = live_history.c.undone_at.is_(None)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, bindparam, select
-from sqlalchemy.sql.selectable import FromClause
+from sqlalchemy import ColumnElement, Connection, Join, Row, Select, bindparam, select
 
 from tunefleet.adapters_store import adapter_names, adapter_rows
 from tunefleet.adapters_store.records import AdapterName, LiveAdapter
 from tunefleet.adapters_store.schema import adapters, users, versions
+from tunefleet.core import AdapterRef
 
 _VERSION_COLUMNS = ("version", "digest", "object_key", "weights_sha256", "size_bytes", "rank")
 _canaries = versions.alias("canary")
@@ -22,9 +22,8 @@ def live(connection: Connection, adapter: AdapterName, session: str | None) -> L
     if row is None or row.digest is None:
         fallback = row.fallback if row is not None else None
         raise adapter_names.not_found(adapter, row, fallback)
-    if session is not None and row.canary_digest is not None:
-        if share(row.adapter_id, session) < row.canary_percent:
-            return _canary(adapter, row)
+    if session is not None and row.canary_digest is not None and _is_for_canary(row, session):
+        return _canary(adapter, row)
     return LiveAdapter(adapter_rows.ref(adapter.tenant, row), row.version, row.fallback)
 
 
@@ -41,31 +40,24 @@ def share(adapter_id: int, session: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48 * 100
 
 
+def _is_for_canary(row: Row[Any], session: str) -> bool:
+    return bool(share(row.adapter_id, session) < row.canary_percent)
+
+
 def _canary(adapter: AdapterName, row: Row[Any]) -> LiveAdapter:
-    columns = {name: getattr(row, f"canary_{name}") for name in _VERSION_COLUMNS if name != "version"}
-    ref = adapter_rows.AdapterRef(
-        digest=columns["digest"],
+    ref = AdapterRef(
+        digest=row.canary_digest,
         tenant=adapter.tenant,
-        key=columns["object_key"],
-        weights_sha256=columns["weights_sha256"],
-        size_bytes=columns["size_bytes"],
-        rank=columns["rank"],
+        key=row.canary_object_key,
+        weights_sha256=row.canary_weights_sha256,
+        size_bytes=row.canary_size_bytes,
+        rank=row.canary_rank,
     )
     return LiveAdapter(ref, row.canary_version, row.fallback)
 
 
-def _lookup(on_version: Any) -> Select[*tuple[Any, ...]]:
+def _joined(on_version: ColumnElement[int]) -> Join:
     """User, then adapter, then version, each by its unique index; columns of missing ones are NULL."""
-    columns = [users.c.fallback, adapters.c.adapter_id, adapters.c.last_version]
-    columns += [versions.c[name] for name in _VERSION_COLUMNS]
-    return (
-        select(*columns)
-        .select_from(_joined(on_version))
-        .where(users.c.tenant == bindparam("tenant"), users.c.user_id == bindparam("user_id"))
-    )
-
-
-def _joined(on_version: Any) -> FromClause:
     return users.outerjoin(
         adapters,
         (adapters.c.tenant == users.c.tenant)
@@ -77,17 +69,28 @@ def _joined(on_version: Any) -> FromClause:
     )
 
 
-def _lookup_with_canary() -> Select[*tuple[Any, ...]]:
-    columns = [_canaries.c[name].label(f"canary_{name}") for name in _VERSION_COLUMNS]
-    joined = _joined(adapters.c.live_version).outerjoin(
+def _joined_with_canary() -> Join:
+    return _joined(adapters.c.live_version).outerjoin(
         _canaries,
         (_canaries.c.adapter_id == adapters.c.adapter_id)
         & (_canaries.c.version == adapters.c.canary_version),
     )
-    found = _LIVE.add_columns(adapters.c.canary_percent, *columns)
-    return found.select_from(joined)
 
 
-_LIVE = _lookup(adapters.c.live_version)
-_NUMBERED = _lookup(bindparam("number"))
-_LIVE_OR_CANARY = _lookup_with_canary()
+def _lookup(joined: Join, *more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
+    columns = [users.c.fallback, adapters.c.adapter_id, adapters.c.last_version]
+    columns += [versions.c[name] for name in _VERSION_COLUMNS]
+    return (
+        select(*columns, *more)
+        .select_from(joined)
+        .where(users.c.tenant == bindparam("tenant"), users.c.user_id == bindparam("user_id"))
+    )
+
+
+_LIVE = _lookup(_joined(adapters.c.live_version))
+_NUMBERED = _lookup(_joined(bindparam("number")))
+_LIVE_OR_CANARY = _lookup(
+    _joined_with_canary(),
+    adapters.c.canary_percent,
+    *(_canaries.c[name].label(f"canary_{name}") for name in _VERSION_COLUMNS),
+)

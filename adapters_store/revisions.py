@@ -53,7 +53,7 @@ def upgrade(connection: Connection) -> None:
 
 
 def catalog_id(connection: Connection) -> str:
-    return connection.execute(select(identity.c.catalog_id)).scalar_one()
+    return str(connection.execute(select(identity.c.catalog_id)).scalar_one())
 
 
 def _current(connection: Connection) -> str | None:

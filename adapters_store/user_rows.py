@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -31,7 +32,7 @@ def find(connection: Connection, tenant: str, user_id: str) -> UserRecord:
 
 
 def update(
-    connection: Connection, tenant: str, user_id: str, changes: dict[str, object], *, now: str
+    connection: Connection, tenant: str, user_id: str, changes: Mapping[str, object], *, now: str
 ) -> UserRecord:
     """Changes what is not UNSET; makes the user if there is none."""
     given = {key: value for key, value in changes.items() if value is not msgspec.UNSET}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from postgres_server import PostgresServer
     from s3_servers import S3Server
 
 # Tiny tensors on many threads cost more in waking threads than in work; before torch is imported.
@@ -46,3 +48,39 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory, s3_credentials: None) ->
 
     with running(SeaweedFS, tmp_path_factory.mktemp("seaweedfs")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A Postgres that starts at first use; make a database of your own."""
+    from postgres_server import MISSING, programs, running
+
+    found = programs()
+    if found is None:
+        pytest.skip(MISSING)
+    with running(found) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> str:
+    """An empty catalog on Postgres."""
+    return postgres.fresh()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty catalog, on each database that we support."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/catalog.db"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@pytest.fixture
+def empty_database_url(database_url: str, request: pytest.FixtureRequest) -> str:
+    """A database without tables, on each that we support."""
+    if database_url.startswith("sqlite"):
+        return database_url
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.empty()

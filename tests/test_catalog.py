@@ -1,42 +1,20 @@
 from __future__ import annotations
 
-import os
-import sqlite3
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from tunefleet.adapters_store.catalog import _LIVE, AdapterName, Catalog, NewVersion
+from catalog_kit import ALICE, BASE, Clock, push, upload
+from tunefleet.adapters_store.catalog import AdapterName, Catalog
 from tunefleet.errors import AdapterConflict, AdapterNotFound
-
-ALICE = AdapterName("default", "alice", "default", "tiny@1")
-NOON = datetime(2026, 11, 24, 12, 0, 0, 5, tzinfo=UTC)
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    opened = Catalog(f"sqlite:///{tmp_path}/catalog.db", now=lambda: NOON)
+def catalog(database_url: str) -> Iterator[Catalog]:
+    opened = Catalog(database_url, now=Clock())
     yield opened
     opened.close()
-
-
-def upload(number: int, key: str = "") -> NewVersion:
-    return NewVersion(
-        digest=f"{number:064x}",
-        object_key=key or f"default/{number}",
-        config_sha256="c" * 64,
-        weights_sha256=f"{number:064d}",
-        size_bytes=100 + number,
-        rank=8,
-        target_modules=("q_proj", "v_proj"),
-        warnings=("odd",),
-        metadata={"run": number},
-    )
 
 
 def test_an_upload_is_found_live_and_by_number(catalog: Catalog) -> None:
@@ -80,19 +58,6 @@ def test_an_upload_without_promote_stays_behind_the_live_one(catalog: Catalog) -
     newest = catalog.answered(ALICE, upload(2).digest)
     assert newest is not None
     assert (newest.record.version, newest.created) == (2, False)
-
-
-def test_promote_is_one_commit_with_its_history(catalog: Catalog, tmp_path: Path) -> None:
-    for number in (1, 2):
-        catalog.add_version(ALICE, upload(number), promote=number == 1)
-    assert catalog.promote(ALICE, 2, if_live=1).live
-    catalog.promote(ALICE, 2)  # already live: no entry
-    catalog.promote(ALICE, 1)
-    with sqlite3.connect(tmp_path / "catalog.db") as connection:
-        history = connection.execute("SELECT version FROM live_history ORDER BY entry_id").fetchall()
-    connection.close()
-    assert history == [(1,), (2,), (1,)]
-    assert [record.live for record in catalog.versions(ALICE, after=None, limit=10)] == [False, True]
 
 
 def test_promote_with_another_live_version_is_a_conflict(catalog: Catalog) -> None:
@@ -141,15 +106,48 @@ def test_tenants_users_names_and_bases_never_mix(catalog: Catalog, other: Adapte
     assert catalog.live(other).ref.digest == upload(2).digest
 
 
-def test_a_users_own_fallback_is_told_found_or_not(catalog: Catalog, tmp_path: Path) -> None:
+IDS = sorted(
+    [
+        "a", "a1", "A", "ab", "a.b", "a_b", "a-b", "-a", "--", "__base__", "default", "a/b", "a\\b", "null", "NULL",
+        "x'; DROP TABLE users;--", 'a"b', "a%", "a%2e", "%", "_", "${a}", "{{a}}", ":name", "a:b", "0", "00", "1e3",
+        "true", "~", "|", "+", "=", "@", "http://169.254.169.254", "s3://other", "a" * 128, "a" * 127, "K", "k",
+        "i", "I", "ss", "a\nb", "a b", "a ", "\u00e9", "e\u0301", "\u212a", "\u0131", "\u00df", "\U0001f600",
+    ],
+    key=str.encode,
+)  # fmt: skip
+
+
+def test_any_two_ids_are_two_users_in_one_order_on_every_database(catalog: Catalog) -> None:
+    for number, user_id in enumerate(IDS):
+        push(catalog, AdapterName("default", user_id, "default", BASE), number)
+    for number, user_id in enumerate(IDS):
+        found = catalog.live(AdapterName("default", user_id, "default", BASE))
+        assert (found.ref.digest, found.version) == (upload(number).digest, 1)
+    paged: list[str] = []
+    while page := catalog.users("default", after=paged[-1] if paged else None, limit=7):
+        paged += [user.user_id for user in page]
+    assert paged == IDS
+
+
+@pytest.mark.parametrize(
+    "pair", [("a", "A"), ("a", "a "), ("K", "\u212a"), ("\u00e9", "e\u0301"), ("x", "x'")]
+)
+def test_tenants_and_bases_differ_as_their_bytes_do(catalog: Catalog, pair: tuple[str, str]) -> None:
+    named = [AdapterName(pair[n], "u", "default", pair[m]) for n in (0, 1) for m in (0, 1)]
+    for number, adapter in enumerate(named):
+        push(catalog, adapter, number)
+    assert [catalog.live(adapter).ref.digest for adapter in named] == [upload(n).digest for n in range(4)]
+    assert [len(catalog.users(tenant, after=None, limit=9)) for tenant in pair] == [1, 1]
+
+
+def test_a_users_own_fallback_is_told_found_or_not(catalog: Catalog) -> None:
     catalog.add_version(ALICE, upload(1), promote=True)
-    with sqlite3.connect(tmp_path / "catalog.db") as connection:
-        connection.execute("UPDATE users SET fallback = 'base'")
-    connection.close()
+    catalog.update_user("default", "alice", fallback="base")
     assert catalog.live(ALICE).fallback == "base"
-    with pytest.raises(AdapterNotFound) as refusal:
-        catalog.live(ALICE._replace(name="work"))
-    assert refusal.value.fallback == "base"
+    for call in (catalog.live, lambda adapter: catalog.numbered(adapter, 1)):
+        with pytest.raises(AdapterNotFound) as refusal:
+            call(ALICE._replace(name="work"))
+        assert refusal.value.fallback == "base"
 
 
 def test_pages_go_by_cursor(catalog: Catalog) -> None:
@@ -165,64 +163,49 @@ def test_pages_go_by_cursor(catalog: Catalog) -> None:
     assert catalog.user("default", "u1").num_adapters == 2
 
 
-def test_a_lookup_uses_unique_indexes_only(catalog: Catalog, tmp_path: Path) -> None:
-    query = str(_LIVE.compile(catalog._database.engine))
-    with sqlite3.connect(tmp_path / "catalog.db") as connection:
-        plan = connection.execute(f"EXPLAIN QUERY PLAN {query}", ("x",) * query.count("?")).fetchall()
-    connection.close()
-    steps = [row[3] for row in plan]
-    assert len(steps) == 3
-    assert all(step.startswith("SEARCH") and "INDEX" in step for step in steps), steps
-
-
-def test_a_catalog_is_what_the_last_process_left(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/new/folder/catalog.db"
+def test_a_catalog_is_what_the_last_process_left(database_url: str) -> None:
     for expected in (1, 2):
-        catalog = Catalog(url)
+        catalog = Catalog(database_url)
         record, _ = catalog.add_version(ALICE, upload(expected), promote=True)
         catalog.close()
         assert record.version == expected
 
 
-def test_threads_that_upload_at_once_get_a_number_each(catalog: Catalog) -> None:
-    def add(number: int) -> None:
-        catalog.add_version(ALICE, upload(number), promote=True)
-
-    threads = [threading.Thread(target=add, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    records = catalog.versions(ALICE, after=None, limit=10)
-    assert [record.version for record in records] == [8, 7, 6, 5, 4, 3, 2, 1]
-    assert {record.digest for record in records} == {upload(number).digest for number in range(8)}
-
-
-ADD_TEN = """
-import sys
-from test_catalog import ALICE, upload
-from tunefleet.adapters_store.catalog import Catalog
-sys.stdin.readline()
-catalog = Catalog(sys.argv[1])
-for number in range(int(sys.argv[2]), int(sys.argv[2]) + 10):
-    catalog.add_version(ALICE, upload(number), promote=True)
-catalog.close()
-"""
+def test_known_digests_and_referenced_prefixes_are_found_however_many(catalog: Catalog) -> None:
+    for number in range(3):
+        catalog.add_version(ALICE, upload(number), promote=False)
+    many = [f"{number:064x}" for number in range(1200)]
+    assert catalog.known_digests(many) == set(many[:3])
+    assert catalog.known_digests([]) == set()
+    assert catalog.referenced([f"default/{number}" for number in range(1200)]) == {
+        "default/0",
+        "default/1",
+        "default/2",
+    }
 
 
-def test_processes_that_start_and_upload_at_once_lose_nothing(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/catalog.db"
-    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command, firsts = [sys.executable, "-c", ADD_TEN, url], ("0", "100", "200")
-    processes = [subprocess.Popen([*command, first], stdin=subprocess.PIPE, env=environ) for first in firsts]
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(b"go\n")
-        process.stdin.flush()
-    for process in processes:
-        process.communicate()
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    catalog = Catalog(url)
-    versions = [record.version for record in catalog.versions(ALICE, after=None, limit=100)]
+def test_a_catalogs_id_is_its_own_and_stays(database_url: str, tmp_path: Path) -> None:
+    ids = []
+    for url in (database_url, database_url, f"sqlite:///{tmp_path}/other.db"):
+        catalog = Catalog(url)
+        ids.append(catalog.catalog_id)
+        catalog.close()
+    assert ids[0] == ids[1] != ids[2]
+    assert len(ids[0]) == 36
+
+
+def test_the_catalogs_clock_is_told_in_utc_with_microseconds(catalog: Catalog) -> None:
+    assert catalog.timestamp() == "2026-11-24T12:00:00.000005Z"
+    assert catalog.timestamp(-0.5) == "2026-11-24T11:59:59.500005Z"
+
+
+def test_a_clock_that_goes_back_takes_nothing_away(database_url: str) -> None:
+    clock = Clock()
+    catalog = Catalog(database_url, now=clock)
+    for number in (1, 2, 3):
+        push(catalog, ALICE, number)
+        clock.move(-3600)
+    assert catalog.live(ALICE).version == 3
+    assert [catalog.rollback(ALICE).version for _ in range(2)] == [2, 1]
+    assert [record.version for record in catalog.versions(ALICE, after=None, limit=9)] == [3, 2, 1]
     catalog.close()
-    assert versions == list(range(30, 0, -1))
