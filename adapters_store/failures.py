@@ -48,6 +48,3 @@ class Failures:
                 param=error.param,
                 retry_after_s=None if error.retry_after_s is None else left,
             ) from error
-
-    def forget(self, digest: str) -> None:
-        self._failures = {key: found for key, found in self._failures.items() if key[0] != digest}

@@ -35,7 +35,7 @@ FORGET_WAIT_S = 5.0
 NUM_TRANSFERS = 8
 NUM_LOADS = 2
 
-_HEADER_BYTES = 64 * 1024  # more than a prepared file has beside its weights, for most
+_HEADER_BYTES = 1024  # a prepared file's header is no longer than an upload's, but for the digest
 _CODES = {"object_corrupt": "adapter_corrupt", "object_not_found": "adapter_lost"}
 
 log = logging.getLogger("tunefleet.tiers")
@@ -289,6 +289,7 @@ class Tiers:
     @contextlib.contextmanager
     def _booking(self, copies: Copies, flight: Flight) -> Iterator[None]:
         """Takes a booking back if no copy comes to be; that of an abandoned flight is gone already."""
+        flight.check()
         try:
             yield
             flight.check()

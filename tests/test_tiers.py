@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from adapter_factory import make_manifest
+from faults import no_file_above
 from tiers_kit import CONFIG, WEIGHTS, Setup, flipped, refusal_of
 from tunefleet.adapters_store.failures import CORRUPT_S, RETRY_AFTER_S
+from tunefleet.adapters_store.flights import Fetched
+from tunefleet.adapters_store.tiers import SLOW_RETRY_S
 from tunefleet.core import AdapterRef
 from tunefleet.errors import AdapterLoadFailed, InvalidState, StoreError
+from tunefleet.messages import HeldAdapter
 
 pytestmark = pytest.mark.anyio
 
@@ -271,7 +276,7 @@ async def test_forgetting_what_is_on_its_way_drops_it_when_it_is_there(setup: Se
     setup.objects.may_answer.clear()
     async with setup.tiers() as tiers:
         fetch = asyncio.ensure_future(tiers.fetch(ref))
-        await asyncio.sleep(0)
+        await asyncio.to_thread(setup.objects.was_asked.wait)
         forget = asyncio.ensure_future(tiers.forget(ref.digest))
         await asyncio.sleep(0)
         setup.objects.may_answer.set()
@@ -281,6 +286,209 @@ async def test_forgetting_what_is_on_its_way_drops_it_when_it_is_there(setup: Se
         assert (refusal.value.code, refusal.value.retry_after_s) == ("adapter_deleted", None)
         assert (tiers.host_bytes(), tiers.disk_bytes()) == ({}, {})
         assert (await tiers.fetch(ref)).path.exists()
+
+
+async def test_what_is_on_its_way_is_forgotten_without_waiting_for_a_store_that_hangs(setup: Setup) -> None:
+    ref = setup.store(1)
+    setup.objects.hold(ref)
+    async with setup.tiers(forget_wait_s=0.01) as tiers:
+        fetch = asyncio.ensure_future(tiers.fetch(ref))
+        await asyncio.to_thread(setup.objects.was_asked.wait)
+        assert await tiers.forget(ref.digest) == (0, 0)
+        with pytest.raises(AdapterLoadFailed):
+            await fetch
+        again = setup.store(1, upload_id="again")
+        assert (await tiers.fetch(again)).path.read_bytes() == setup.reference(1)
+        setup.objects.let_go(ref)
+        await asyncio.wait(list(tiers._tasks.values()))
+        assert (await tiers.fetch(again)).path.read_bytes() == setup.reference(1)
+
+
+async def test_forgetting_says_how_many_copies_there_were(setup: Setup) -> None:
+    one, two = setup.store(1), setup.store(2)
+    async with setup.tiers() as tiers:
+        await tiers.fetch(one)
+        await tiers.prefetch(two, "disk")
+        assert await tiers.forget(one.digest) == (1, 1)
+        assert await tiers.forget(two.digest) == (1, 0)
+        assert await tiers.forget(two.digest) == (0, 0)
+
+
+async def test_one_users_lost_objects_fail_nobody_else_with_the_same_bytes(setup: Setup) -> None:
+    lost, sound = setup.store(1, upload_id="lost"), setup.store(1, upload_id="sound")
+    setup.objects.lose(lost)
+    for refs in ([lost, sound], [sound, lost]):
+        async with setup.tiers() as tiers:
+            wanted = [ref for ref in refs for _ in range(10)]
+            answers = await asyncio.gather(*(tiers.fetch(ref) for ref in wanted), return_exceptions=True)
+            for ref, answer in zip(wanted, answers, strict=True):
+                if ref is sound:
+                    assert not isinstance(answer, BaseException)
+                else:
+                    assert not isinstance(answer, AdapterLoadFailed) or answer.code == "adapter_lost"
+            await tiers.forget(sound.digest)
+
+
+async def test_one_users_corrupt_objects_fail_nobody_else_with_the_same_bytes(setup: Setup) -> None:
+    bad, sound = setup.store(1, upload_id="bad"), setup.store(1, upload_id="sound")
+    setup.objects.change(f"{bad.key}/{WEIGHTS}", flipped)
+    async with setup.tiers() as tiers:
+        answers = await asyncio.gather(tiers.fetch(bad), tiers.fetch(sound), return_exceptions=True)
+        assert [AdapterLoadFailed, Fetched] == [type(answer) for answer in answers]
+        assert len(setup.quarantined()) == 1
+        assert (await tiers.fetch(bad)).path.read_bytes() == setup.reference(1)  # it is there: the same bytes
+
+
+async def test_a_deletion_fails_nobody_else_who_waits_for_the_same_bytes(setup: Setup) -> None:
+    deleted, sound = setup.store(1, upload_id="deleted"), setup.store(1, upload_id="sound")
+    setup.objects.hold(deleted)
+    async with setup.tiers() as tiers:
+        mine, theirs = (asyncio.ensure_future(tiers.fetch(ref)) for ref in (deleted, sound))
+        await asyncio.to_thread(setup.objects.was_asked.wait)
+        forget = asyncio.ensure_future(tiers.forget(deleted.digest))
+        assert (await theirs).path.read_bytes() == setup.reference(1)
+        with pytest.raises(AdapterLoadFailed) as refusal:
+            await mine
+        assert refusal.value.code == "adapter_deleted"
+        setup.objects.let_go(deleted)
+        await forget
+
+
+async def test_nobody_waits_forever_for_a_store_that_hangs(setup: Setup) -> None:
+    there, hanging, other = (setup.store(seed) for seed in range(3))
+    setup.objects.hold(hanging)
+    async with setup.tiers(fetch_wait_s=0.05) as tiers:
+        await tiers.fetch(there)
+        answers = await asyncio.gather(
+            *(tiers.fetch(ref) for ref in (hanging, hanging, there, other)), return_exceptions=True
+        )
+        assert [AdapterLoadFailed, AdapterLoadFailed, Fetched, Fetched] == [type(each) for each in answers]
+        refusal = await refusal_of(tiers, hanging)
+        assert (refusal.code, refusal.retry_after_s) == ("adapter_slow", SLOW_RETRY_S)
+        setup.objects.let_go(hanging)
+        await asyncio.wait(list(tiers._tasks.values()))
+        assert (await tiers.fetch(hanging)).path.read_bytes() == setup.reference(1)
+        assert setup.objects.num_downloads == 3
+
+
+async def test_a_wrong_copy_is_downloaded_once_a_minute_however_many_ask(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    ref = setup.store(1)
+    right = setup.objects.open(f"{ref.key}/{WEIGHTS}").stream.read()
+    setup.objects.replace(f"{ref.key}/{WEIGHTS}", flipped(right))
+    setup.objects.num_downloads = 0
+    async with setup.tiers() as tiers:
+        for second in range(int(CORRUPT_S)):
+            setup.clock.now_s = float(second)
+            for _ in range(10):
+                refusal = await refusal_of(tiers, ref)
+                assert (refusal.code, refusal.retry_after_s) == ("adapter_corrupt", CORRUPT_S - second)
+        assert setup.objects.num_downloads == 1
+        assert [ref.key in record.message for record in caplog.records] == [True]
+        [kept] = setup.quarantined()
+        assert (kept / WEIGHTS).read_bytes() == flipped(right)
+        setup.objects.replace(f"{ref.key}/{WEIGHTS}", right)
+        setup.clock.now_s = CORRUPT_S
+        assert (await tiers.fetch(ref)).path.read_bytes() == setup.reference(1)
+
+
+async def test_a_poisoned_disk_copy_whose_original_is_bad_too_is_not_tried_for_ever(setup: Setup) -> None:
+    ref = setup.store(1)
+    async with setup.tiers() as tiers:
+        await tiers.fetch(ref)
+    setup.disk_file(ref).write_bytes(b"poison")
+    setup.objects.change(f"{ref.key}/{WEIGHTS}", flipped)
+    async with setup.tiers() as tiers:
+        assert (await refusal_of(tiers, ref)).code == "adapter_corrupt"
+        assert [path.name.endswith(ref.digest) for path in setup.quarantined()] == [True]
+    async with setup.tiers() as tiers:  # what is in quarantine is no copy of the tier
+        assert tiers.disk_bytes() == {}
+        assert len(setup.quarantined()) == 1
+
+
+async def test_a_disk_copy_whose_folder_somebody_removed_is_fetched_again(setup: Setup) -> None:
+    ref = setup.store(1)
+    async with setup.tiers() as tiers:
+        await tiers.prefetch(ref, "disk")
+        shutil.rmtree(setup.disk_file(ref).parent)
+        assert (await tiers.fetch(ref)).path.read_bytes() == setup.reference(1)
+
+
+async def test_a_prefetch_to_the_disk_stays_there_and_is_verified(setup: Setup) -> None:
+    ref, bad = setup.store(1), setup.store(2)
+    setup.objects.change(f"{bad.key}/{WEIGHTS}", flipped)
+    async with setup.tiers() as tiers:
+        await tiers.prefetch(ref, "disk")
+        with pytest.raises(AdapterLoadFailed):
+            await tiers.prefetch(bad, "disk")
+        assert (tiers.host_bytes(), tiers.disk_bytes().keys()) == ({}, {ref.digest})
+
+
+async def test_a_fetch_goes_on_where_a_prefetch_to_the_disk_ends(setup: Setup) -> None:
+    ref = setup.store(1)
+    async with setup.tiers() as tiers:
+        _, fetched = await asyncio.gather(tiers.prefetch(ref, "disk"), tiers.fetch(ref))
+        assert fetched.path.read_bytes() == setup.reference(1)
+        assert setup.objects.num_downloads == 1
+
+
+async def test_what_is_forgotten_before_it_has_begun_is_not_fetched(setup: Setup) -> None:
+    ref = setup.store(1)
+    async with setup.tiers() as tiers:
+        fetch = asyncio.ensure_future(tiers.fetch(ref))
+        await asyncio.sleep(0)
+        assert await tiers.forget(ref.digest) == (0, 0)
+        with pytest.raises(AdapterLoadFailed):
+            await fetch
+        assert setup.objects.num_downloads == 0
+
+
+async def test_what_is_held_is_not_evicted_down_to_its_tier(setup: Setup) -> None:
+    refs = [setup.store(seed) for seed in range(5)]
+    size = len(setup.reference(0))
+    async with setup.tiers(4 * size, 4 * refs[0].size_bytes + 50) as tiers:
+        tiers.hold("router", [HeldAdapter(refs[0], "host"), HeldAdapter(refs[1], "disk")])
+        for ref in (*refs, *refs[2:]):
+            await tiers.fetch(ref)
+        assert refs[0].digest in tiers.host_bytes()
+        assert {refs[0].digest, refs[1].digest} <= tiers.disk_bytes().keys()
+        assert refs[1].digest not in tiers.host_bytes()
+        tiers.hold("router", [])
+        for ref in refs[1:]:
+            await tiers.fetch(ref)
+        assert refs[0].digest not in tiers.host_bytes()
+
+
+async def test_a_deleted_adapter_is_held_no_more(setup: Setup) -> None:
+    ref = setup.store(1)
+    async with setup.tiers() as tiers:
+        tiers.hold("router", [HeldAdapter(ref, "host")])
+        assert tiers.missing_held() == [HeldAdapter(ref, "host")]
+        await tiers.forget(ref.digest)
+        assert tiers.missing_held() == []
+
+
+async def test_an_unexpected_failure_is_told_to_those_who_wait_and_logged(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    ref = setup.store(1)
+    setup.objects.failure = ValueError("a bug")  # type: ignore[assignment]
+    async with setup.tiers() as tiers:
+        assert (await refusal_of(tiers, ref)).code == "adapter_unavailable"
+        assert caplog.records[0].exc_info is not None
+
+
+async def test_a_full_cache_disk_hurts_only_what_is_not_cached(setup: Setup) -> None:
+    there, wanted = setup.store(1), setup.store(2)
+    async with setup.tiers() as tiers:
+        await tiers.fetch(there)
+        with no_file_above(100):
+            refusal = await refusal_of(tiers, wanted)
+            assert (refusal.code, refusal.retry_after_s) == ("adapter_unavailable", RETRY_AFTER_S)
+            assert (await tiers.fetch(there)).download_s == 0.0
+        setup.clock.now_s += RETRY_AFTER_S
+        assert (await tiers.fetch(wanted)).path.read_bytes() == setup.reference(2)
 
 
 async def test_an_adapter_for_another_base_is_refused_for_good(setup: Setup) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from adapter_factory import make_adapter, make_manifest
 from tunefleet.adapters_store.memory_store import MemoryStore
-from tunefleet.adapters_store.objects import StoredObject
+from tunefleet.adapters_store.objects import ObjectStore, StoredObject
 from tunefleet.adapters_store.prepare import prepare_adapter
 from tunefleet.adapters_store.tiers import Tiers
 from tunefleet.adapters_store.validation import check_adapter
@@ -23,7 +23,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class WatchedStore(MemoryStore):
-    """Counts downloads of weights; a test can hold them, or make them fail."""
+    """Counts downloads of weights; a test can hold them, all or those of one key, or make them fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,13 +31,28 @@ class WatchedStore(MemoryStore):
         self.failure: StoreError | None = None
         self.may_answer = threading.Event()
         self.may_answer.set()
+        self.gates: dict[str, threading.Event] = {}  # by key
+        self.was_asked = threading.Event()
+
+    def hold(self, ref: AdapterRef) -> None:
+        """This ref's weights don't come before they are let go."""
+        self.gates[f"{ref.key}/{WEIGHTS}"] = threading.Event()
+
+    def let_go(self, ref: AdapterRef) -> None:
+        self.gates[f"{ref.key}/{WEIGHTS}"].set()
+
+    def lose(self, ref: AdapterRef) -> None:
+        for file in (CONFIG, WEIGHTS):
+            self.delete(f"{ref.key}/{file}")
 
     def open(
         self, key: str, *, start: int = 0, length: int | None = None, etag: str | None = None
     ) -> StoredObject:
         if key.endswith(WEIGHTS):
             self.num_downloads += 1
+            self.was_asked.set()
             assert self.may_answer.wait(20)
+            assert key not in self.gates or self.gates[key].wait(20)
         if self.failure is not None:
             raise self.failure
         return super().open(key, start=start, length=length, etag=etag)
@@ -54,6 +69,25 @@ class Clock:
         return self.now_s
 
 
+def put_adapter(
+    objects: ObjectStore, folder: Path, seed: int, *, r: int = 4, upload_id: str = ""
+) -> AdapterRef:
+    """Makes an adapter in ``folder`` and stores it; the same seed and rank are the same bytes."""
+    made = make_adapter(folder, MANIFEST, seed=seed, r=r)
+    checked = check_adapter(made, MANIFEST, max_rank=64)
+    key = f"t/sha256/{checked.digest[:2]}/{checked.digest}/{upload_id or seed}"
+    for file in (CONFIG, WEIGHTS):
+        objects.put(f"{key}/{file}", made / file)
+    return AdapterRef(checked.digest, "t", key, checked.weights_sha256, checked.size_bytes, checked.rank)
+
+
+def prepared(folder: Path) -> bytes:
+    """What the prepared file of an adapter must be."""
+    out = folder.with_name(f"{folder.name}.prepared")
+    prepare_adapter(folder, check_adapter(folder, MANIFEST, max_rank=64), out, dtype="bfloat16")
+    return out.read_bytes()
+
+
 class Setup:
     """Stored adapters and the tiers under test."""
 
@@ -62,26 +96,25 @@ class Setup:
         self.objects = WatchedStore()
         self.clock = Clock()
 
-    def store(self, seed: int, r: int = 4) -> AdapterRef:
-        folder = make_adapter(self.folder / f"adapter-{seed}", MANIFEST, seed=seed, r=r)
-        checked = check_adapter(folder, MANIFEST, max_rank=64)
-        key = f"t/sha256/{checked.digest}/{seed}"
-        for file in (CONFIG, WEIGHTS):
-            self.objects.put(f"{key}/{file}", folder / file)
-        return AdapterRef(checked.digest, "t", key, checked.weights_sha256, checked.size_bytes, checked.rank)
+    def store(self, seed: int, r: int = 4, upload_id: str = "") -> AdapterRef:
+        folder = self.folder / f"adapter-{seed}"
+        return put_adapter(self.objects, folder, seed, r=r, upload_id=upload_id)
 
     def reference(self, seed: int) -> bytes:
-        """What the prepared file must be."""
-        folder, out = self.folder / f"adapter-{seed}", self.folder / f"reference-{seed}"
-        prepare_adapter(folder, check_adapter(folder, MANIFEST, max_rank=64), out, dtype="bfloat16")
-        return out.read_bytes()
+        return prepared(self.folder / f"adapter-{seed}")
 
     @asynccontextmanager
     async def tiers(
-        self, host_cache_bytes: int = 10**6, disk_cache_bytes: int = 10**6
+        self,
+        host_cache_bytes: int = 10**6,
+        disk_cache_bytes: int = 10**6,
+        *,
+        fetch_wait_s: float = 20.0,
+        forget_wait_s: float = 5.0,
+        objects: ObjectStore | None = None,
     ) -> AsyncIterator[Tiers]:
         tiers = Tiers(
-            self.objects,
+            objects or self.objects,
             MANIFEST,
             disk_dir=self.folder / "disk",
             host_dir=self.folder / "host",
@@ -89,16 +122,22 @@ class Setup:
             host_cache_bytes=host_cache_bytes,
             disk_cache_bytes=disk_cache_bytes,
             clock=self.clock,
+            fetch_wait_s=fetch_wait_s,
+            forget_wait_s=forget_wait_s,
         )
         try:
             yield tiers
             tiers.check()
         finally:
-            self.objects.may_answer.set()
+            for gate in (self.objects.may_answer, *self.objects.gates.values()):
+                gate.set()
             await tiers.close()
 
     def disk_file(self, ref: AdapterRef, file: str = WEIGHTS) -> Path:
         return self.folder / "disk" / ref.digest / file
+
+    def quarantined(self) -> list[Path]:
+        return sorted((self.folder / "disk" / ".quarantine").glob("*"))
 
 
 async def refusal_of(tiers: Tiers, ref: AdapterRef) -> AdapterLoadFailed:
