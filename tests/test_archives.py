@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import posixpath
+import re
 import shutil
 import tarfile
 import zipfile
@@ -9,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hazards
 from adapter_factory import make_adapter, make_manifest
 from faults import no_file_above
 from malformed.archives import (
@@ -24,7 +26,18 @@ from malformed.archives import (
     zip_of,
     zip_with_a_link,
 )
+from malformed.generated import (
+    Member,
+    cut_or_spliced,
+    flipped,
+    lying_tar,
+    lying_zip,
+    member_lists,
+    tar_with,
+    zip_with,
+)
 from tunefleet.adapters_store.archives import unpack
+from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES
 from tunefleet.adapters_store.tar_stream import MAX_MEMBERS
 from tunefleet.core import CONFIG_FILE as CONFIG
 from tunefleet.core import WEIGHTS_FILE as WEIGHTS
@@ -228,22 +241,101 @@ def test_a_full_disk_is_our_trouble_not_the_senders(tmp_path: Path, make: Make) 
 SEEDS = [maker({f"a/{name}": content for name, content in PAIR.items()}) for maker in MAKERS.values()]
 
 
-@given(
-    st.sampled_from(SEEDS),
-    st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=4)), max_size=4),
-)
-@settings(max_examples=250, deadline=None)
-def test_mutated_archives_raise_nothing_else_and_write_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, raw: bytes, changes: list[tuple[float, bytes]]
-) -> None:
-    mutated = bytearray(raw)
-    for place, replacement in changes:
-        start = int(place * len(raw.rstrip(b"\0")))
-        mutated[start : start + len(replacement)] = replacement
-    folder = tmp_path_factory.mktemp("fuzz")
+def tree(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder, links not followed."""
+    return {
+        str(path.relative_to(folder)): b"" if path.is_dir() else path.read_bytes()
+        for path in folder.rglob("*")
+        if not path.is_symlink()
+    }
+
+
+def unpacked_within(folder: Path, raw: bytes) -> dict[str, bytes] | None:
+    """The files that came out, or None for a refusal; either way nothing else was written, nor too much."""
+    target = folder / "outer" / "into"
+    shutil.rmtree(folder / "outer", ignore_errors=True)
+    target.mkdir(parents=True)
+    (folder / "archive").write_bytes(raw)
+    before = tree(folder)
+    accepted = True
     try:
-        files = unpacked(folder, bytes(mutated))
+        unpack(folder / "archive", target, LIMIT)
     except AdapterInvalid:
-        files = {}
-    assert files.keys() <= PAIR.keys()
-    shutil.rmtree(folder)
+        accepted = False
+    written = {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
+    assert before == {name: content for name, content in tree(folder).items() if "into/" not in name}
+    assert written.keys() <= PAIR.keys()
+    assert sum(map(len, written.values())) <= LIMIT + MAX_CONFIG_BYTES
+    return written if accepted else None
+
+
+def is_ordinary(members: list[Member]) -> bool:
+    """Plain files in plain places, each once, both of the adapter's in one folder."""
+    names = [posixpath.normpath(member.name) for member in members]
+    files = [name for name in names if posixpath.basename(name) in PAIR]
+    return (
+        all(member.kind == tarfile.REGTYPE for member in members)
+        and all(not re.search(r"(^|/)\.\.(/|$)|^/|\\|^[^/]*:", member.name) for member in members)
+        and len(set(names)) == len(names)
+        and sorted(map(posixpath.basename, files)) == sorted(PAIR)
+        and len({posixpath.dirname(file) for file in files}) == 1
+        and all(file.count("/") <= 1 for file in files)
+        and sum(len(member.content) for member in members) <= LIMIT
+        and all(len(member.content) <= MAX_CONFIG_BYTES for member in members if CONFIG in member.name)
+    )
+
+
+PACKERS: list[Callable[[list[Member]], bytes]] = [
+    tar_with,
+    lambda members: tar_with(members, tarfile.GNU_FORMAT),
+    lambda members: gzip.compress(tar_with(members, tarfile.USTAR_FORMAT), 1),
+    zip_with,
+    lambda members: zip_with(members, zipfile.ZIP_STORED),
+]
+
+
+@hazards.examples(200)
+def test_whatever_is_packed_only_the_adapters_two_files_come_out_byte_for_byte(
+    tmp_path: Path, num_examples: int
+) -> None:
+    num_accepted = 0
+
+    def check(members: list[Member], pack: Callable[[list[Member]], bytes]) -> None:
+        nonlocal num_accepted
+        written = unpacked_within(tmp_path, pack(members))
+        if written is None:
+            assert not is_ordinary(members)
+            return
+        num_accepted += 1
+        assert written.keys() == PAIR.keys()
+        for file, content in written.items():
+            assert content in [
+                member.content for member in members if posixpath.basename(member.name.rstrip("/")) == file
+            ]
+        assert all(member.is_plain for member in members)
+        assert not any(".." in member.name.split("/") or member.name.startswith("/") for member in members)
+
+    hazards.generate("D", num_examples, check, member_lists(), st.sampled_from(PACKERS))
+    assert num_accepted > num_examples / 20
+
+
+@hazards.examples(400)
+def test_archives_that_are_broken_or_lie_write_nothing_else_and_raise_nothing_else(
+    tmp_path: Path, num_examples: int
+) -> None:
+    def check(raw: bytes) -> None:
+        unpacked_within(tmp_path, raw)
+
+    broken = st.sampled_from(SEEDS).flatmap(lambda seed: flipped(seed) | cut_or_spliced(seed))
+    hazards.generate("D", num_examples, check, st.one_of(broken, lying_tar(), lying_zip()))
+
+
+@hazards.examples(100)
+def test_a_whole_archive_cut_anywhere_gives_no_other_files(tmp_path: Path, num_examples: int) -> None:
+    """Behind the last member a tar may end; before that nothing may be missing."""
+
+    def check(seed: bytes, share: float) -> None:
+        written = unpacked_within(tmp_path, seed[: int(share * len(seed))])
+        assert written in (None, PAIR)
+
+    hazards.generate("D", num_examples, check, st.sampled_from(SEEDS), st.floats(0, 1))

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hazards
 from malformed.configs import NOT_OBJECTS, NOT_SERVED, WRONG_FIELDS
+from malformed.generated import ACTIVE_FIELDS, IDLE_FIELDS, LAYERS, SERVED_FIELDS
 from tunefleet.adapters_store import lora_config
 from tunefleet.adapters_store.lora_config import LoraConfig, matches, parse_lora_config
 from tunefleet.errors import AdapterInvalid
@@ -172,16 +173,16 @@ KEYS = st.text("ab._^", min_size=1, max_size=6).filter(lambda key: lora_config._
 PATHS = st.text("ab.", min_size=1, max_size=10)
 
 
-@given(KEYS, PATHS)
-@settings(max_examples=500, deadline=None)
-def test_a_pattern_key_means_what_it_means_to_peft(key: str, path: str) -> None:
+@hazards.examples(400)
+def test_a_pattern_key_means_what_it_means_to_peft(num_examples: int) -> None:
     from peft.utils.other import get_pattern_key
 
-    hit = object()
-    expected = {key: hit}.get(get_pattern_key([key], path)) is hit and bool(
-        re.match(rf"(.*\.)?({key})$", path)
-    )
-    assert expected == matches(key, path)
+    def check(key: str, path: str) -> None:
+        hit = object()
+        found = {key: hit}.get(get_pattern_key([key], path)) is hit
+        assert (found and bool(re.match(rf"(.*\.)?({key})$", path))) is matches(key, path)
+
+    hazards.generate("B", num_examples, check, KEYS, PATHS)
 
 
 @pytest.mark.parametrize(
@@ -262,3 +263,53 @@ def test_rank_and_scaling_are_pefts(
     config = parse(**fields)
     assert len(expected) == 14
     assert expected == {path: tuple(config.module_scale(path)) for path in expected}
+
+
+@pytest.fixture(scope="module")
+def scales_of_layers() -> Callable[..., dict[str, tuple[int, float]]]:
+    """As ``peft_scales``, of a few bare layers: fast enough for many configs."""
+    import torch
+    from peft import LoraConfig as PeftLoraConfig
+    from peft.tuners.lora import LoraModel
+
+    def scales(**fields: object) -> dict[str, tuple[int, float]]:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # keys that match nothing
+            layers = torch.nn.Module()
+            for path in LAYERS:
+                *folders, name = path.split(".")
+                place = layers
+                for folder in folders:
+                    if not hasattr(place, folder):
+                        place.add_module(folder, torch.nn.Module())
+                    place = place.get_submodule(folder)
+                place.add_module(name, torch.nn.Linear(1, 1))
+            targets = sorted({path.rpartition(".")[2] for path in LAYERS})
+            peft = LoraModel(layers, PeftLoraConfig(target_modules=targets, **fields), "default")
+        found = {path: peft.model.get_submodule(path) for path in LAYERS}
+        return {path: (layer.r["default"], layer.scaling["default"]) for path, layer in found.items()}
+
+    return scales
+
+
+@hazards.examples(150)
+def test_a_generated_config_is_resolved_as_peft_does_or_refused_for_what_is_wrong_with_it(
+    scales_of_layers: Callable[..., dict[str, tuple[int, float]]], num_examples: int
+) -> None:
+    num_accepted = 0
+
+    def check(served: dict[str, object], idle: dict[str, object], active: tuple[str, object] | None) -> None:
+        nonlocal num_accepted
+        fields = {**served, **idle, **dict([active] if active else [])}
+        raw = json.dumps({"peft_type": "LORA", **fields}).encode()
+        if active:
+            refusal = refusal_of(raw)
+            assert (refusal.param or "").startswith(active[0])
+            return
+        num_accepted += 1
+        config = parse_lora_config(raw)
+        expected = scales_of_layers(**served)
+        assert expected == {path: tuple(config.module_scale(path)) for path in expected}
+
+    hazards.generate("B", num_examples, check, SERVED_FIELDS, IDLE_FIELDS, st.none() | ACTIVE_FIELDS)
+    assert num_accepted > num_examples / 4

@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import httpx2
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+import hazards
 from adapter_factory import adapter_files, file_bytes, make_adapter, make_manifest, read_raw
 from malformed.archives import BAD_NAMES, LINKS, NO_ARCHIVES, encrypted_zip, tar_of, zip_of, zip_with_a_link
 from malformed.bodies import bad_multiparts, multipart, part
 from malformed.configs import NOT_OBJECTS, NOT_SERVED, WRONG_FIELDS
+from malformed.generated import cut_or_spliced, flipped
 from malformed.safetensors import MALFORMED, REFUSED_DTYPES, one
 from malformed.weights import BAD_WEIGHTS, Tensors
 from router_kit import Kit, api, code, serving, staged, stored, upload
@@ -261,23 +262,21 @@ BODY = zip_of(FILES)
 FORM = multipart(*(part(name, FILES[name]) for name in FILES))
 
 
-@given(
-    st.sampled_from([FORM, body(BODY), body(tar_of(FILES))]),
-    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), st.binary(max_size=3)), min_size=1, max_size=4),
-)
-@settings(max_examples=40, deadline=None)
+@hazards.examples(40)
 def test_mutated_uploads_are_taken_or_refused_but_never_a_failure(
-    lenient_server: Server, request_: dict[str, Any], changes: list[tuple[float, int, bytes]]
+    lenient_server: Server, num_examples: int
 ) -> None:
-    content = bytearray(request_["content"])
-    for place, num_removed, added in changes:
-        start = int(place * len(content))
-        content[start : start + num_removed] = added
-    changed = {**request_, "content": bytes(content)}
-    response = lenient_server.client.put("/v1/users/mallory/adapter", **changed)
-    assert response.status_code in {200, 201, 400, 413, 422}, response.text
-    assert staged(lenient_server.kit) == []
-    lenient_server.check_others_are_served()
+    def check(request_: dict[str, Any], content: bytes) -> None:
+        response = lenient_server.client.put("/v1/users/mallory/adapter", **{**request_, "content": content})
+        assert response.status_code in {200, 201, 400, 413, 422}, response.text
+        assert staged(lenient_server.kit) == []
+        lenient_server.check_others_are_served()
+
+    requests = st.sampled_from([FORM, body(BODY), body(tar_of(FILES))])
+    mutated = requests.flatmap(
+        lambda whole: st.tuples(st.just(whole), flipped(whole["content"]) | cut_or_spliced(whole["content"]))
+    )
+    hazards.generate("D", num_examples, lambda pair: check(*pair), mutated)
 
 
 def http(content: bytes, *headers: str) -> bytes:
