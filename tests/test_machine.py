@@ -8,19 +8,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import psutil
 import pytest
+from anyio.from_thread import start_blocking_portal
 
 from engine_kit import Adapter, Oracle, greedy, make_adapter, prepare_model, tiny_model
 from tunefleet.adapters_store.store import AdapterStore
 from tunefleet.config import Options, resolve
 from tunefleet.core import AdapterRef, FinishReason, Manifest
 from tunefleet.errors import AdapterLoadFailed, CapacityError, ConfigError
-from tunefleet.messages import Progress, Submit
+from tunefleet.messages import Forgotten, HeldAdapter, Progress, Status, Submit
 from tunefleet.runtime.machine import Machine
 
 PROMPT = (5, 6, 7, 8)
@@ -28,11 +30,12 @@ LONG = 200  # tokens: an answer that is still running when the test acts
 
 
 class World(NamedTuple):
-    """A prepared tiny base and an adapter, ready to be stored."""
+    """A prepared tiny base and two adapters, ready to be stored."""
 
     base: Path
     manifest: Manifest
     adapter: Adapter
+    other: Adapter
     oracle: Oracle
 
 
@@ -41,10 +44,41 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
     model = tiny_model("llama")
     manifest = prepare_model(model, root / "base")
-    adapter = make_adapter(
-        model, manifest, root / "adapter", 3, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
-    )
-    return World(root / "base", manifest, adapter, Oracle(model, [adapter]))
+    adapters = [
+        make_adapter(
+            model, manifest, root / f"a{seed}", seed, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
+        )
+        for seed in (3, 4)
+    ]
+    return World(root / "base", manifest, *adapters, Oracle(model, adapters))
+
+
+@pytest.fixture(scope="module")
+def shared(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A machine that is up for all tests that leave its host and parked process alone; its folder."""
+    root = tmp_path_factory.mktemp("shared")
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(router(world, options_for(root))),
+    ):
+        yield root
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A machine that is up while a test has a router, and a moment longer."""
+    return tmp_path_factory.mktemp("brief")
+
+
+@pytest.fixture(scope="module")
+def mortal(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A machine whose processes tests may kill."""
+    root = tmp_path_factory.mktemp("mortal")
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(router(world, options_for(root))),
+    ):
+        yield root
 
 
 def options_for(root: Path, **given: object) -> Options:
@@ -54,6 +88,7 @@ def options_for(root: Path, **given: object) -> Options:
         "devices": "cpu",
         "idle_timeout_s": 60.0,
         "max_model_len": 256,
+        "threads_per_replica": 1,
     }
     return resolve(keywords={**keywords, **given}, environ={})
 
@@ -68,11 +103,12 @@ async def router(world: World, options: Options) -> AsyncIterator[Machine]:
         await machine.close()
 
 
-async def store_adapter(world: World, options: Options) -> AdapterRef:
+async def store_adapter(world: World, options: Options, user_id: str = "ana") -> AdapterRef:
+    """Ana has one adapter, everybody else the other."""
     store = AdapterStore.open(options, world.manifest)
     try:
-        await store.push("ana", world.adapter.folder)
-        return (await store.resolve("ana")).ref
+        await store.push(user_id, (world.adapter if user_id == "ana" else world.other).folder)
+        return (await store.resolve(user_id)).ref
     finally:
         await store.close()
 
@@ -83,6 +119,17 @@ async def answer(machine: Machine, work: Submit) -> list[int]:
 
 def ask(request_id: str, num_tokens: int = 20, adapter: AdapterRef | None = None) -> Submit:
     return Submit(request_id=request_id, prompt=PROMPT, sampling=greedy(num_tokens), adapter=adapter)
+
+
+async def until_there(machine: Machine, tiers: dict[str, str]) -> Status:
+    """Asks until these digests are in their tiers."""
+    async with asyncio.timeout(30):
+        while True:
+            status = await machine.status()
+            found = {"disk": status.disk_tier, "host": status.host_tier}
+            if all(digest in found[tier] for digest, tier in tiers.items()):
+                return status
+            await asyncio.sleep(0.01)
 
 
 async def until(machine: Machine, condition: str) -> None:
@@ -99,10 +146,10 @@ async def until(machine: Machine, condition: str) -> None:
 
 
 def test_a_replica_starts_on_the_first_request_stops_when_idle_and_starts_again(
-    world: World, tmp_path: Path
+    world: World, brief: Path
 ) -> None:
     async def scenario() -> None:
-        options = options_for(tmp_path, idle_timeout_s=0.3)
+        options = options_for(brief, idle_timeout_s=0.3)
         async with router(world, options) as machine:
             assert machine.replicas == ()
             first = machine.submit(ask("a"))
@@ -123,9 +170,22 @@ def test_a_replica_starts_on_the_first_request_stops_when_idle_and_starts_again(
     asyncio.run(scenario())
 
 
-def test_an_adapter_comes_from_the_store_and_changes_the_answer(world: World, tmp_path: Path) -> None:
+def test_nothing_is_left_when_the_last_router_has_gone(world: World, brief: Path) -> None:
+    async def scenario() -> set[int]:
+        async with router(world, options_for(brief, idle_timeout_s=0.3)) as machine:
+            await machine.warmup()
+            status = await machine.status()
+            return {status.pid, status.parked_pid, status.replicas[0].pid}
+
+    pids = asyncio.run(scenario())
+    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, left = psutil.wait_procs(alive, timeout=30)
+    assert left == []
+
+
+def test_an_adapter_comes_from_the_store_and_changes_the_answer(world: World, shared: Path) -> None:
     async def scenario() -> None:
-        options = options_for(tmp_path)
+        options = options_for(shared)
         ref = await store_adapter(world, options)
         async with router(world, options) as machine:
             base, mine, again = await asyncio.gather(
@@ -137,34 +197,92 @@ def test_an_adapter_comes_from_the_store_and_changes_the_answer(world: World, tm
             world.oracle.check(ref.digest, list(PROMPT), mine)
             assert mine == again != base
             status = await machine.status()
-            assert status.host_tier.keys() == {ref.digest}
-            await machine.forget(ref.digest)
-            assert (await machine.status()).host_tier == {}
+            assert ref.digest in status.host_tier
+            assert ref.size_bytes == status.disk_tier[ref.digest]
 
     asyncio.run(scenario())
 
 
-def test_a_wrong_byte_in_the_store_hurts_only_its_own_user(world: World, tmp_path: Path) -> None:
+def test_a_forgotten_adapter_is_nowhere_once_nobody_uses_it_and_may_come_back(
+    world: World, shared: Path
+) -> None:
     async def scenario() -> None:
-        options = options_for(tmp_path)
+        options = options_for(shared)
         ref = await store_adapter(world, options)
-        weights = next((tmp_path / "store").rglob("adapter_model.safetensors"))
+        async with router(world, options) as machine:
+            run = machine.submit(ask("running", 60, ref))
+            tokens: list[int] = []
+            async for progress in run:
+                tokens += progress.tokens
+                if len(tokens) == 20:
+                    forgetting = asyncio.create_task(machine.forget(ref.digest))
+            assert Forgotten(digest=ref.digest, disk=1, host=1, device=1) == await forgetting
+            world.oracle.check(ref.digest, list(PROMPT), tokens)
+            status = await machine.status()
+            assert ref.digest not in status.host_tier.keys() | status.disk_tier.keys()
+            assert Forgotten(digest=ref.digest) == await machine.forget(ref.digest)
+            assert tokens == await answer(machine, ask("again", 60, ref))
+
+    asyncio.run(scenario())
+
+
+def test_one_users_lost_objects_fail_nobody_else_with_the_same_adapter(world: World, shared: Path) -> None:
+    async def scenario() -> None:
+        options = options_for(shared)
+        ref = await store_adapter(world, options)
+        lost = msgspec.structs.replace(ref, key=f"{ref.key}0")
+        async with router(world, options) as machine:
+            await machine.forget(ref.digest)
+            answers = await asyncio.gather(
+                *(answer(machine, ask(f"{number}", adapter=each)) for number, each in enumerate((lost, ref))),
+                return_exceptions=True,
+            )
+            assert isinstance(answers[1], list)
+            world.oracle.check(ref.digest, list(PROMPT), answers[1])
+            if isinstance(answers[0], BaseException):  # it may have been there by then: the same bytes
+                assert isinstance(answers[0], AdapterLoadFailed)
+                assert answers[0].code == "adapter_lost"
+
+    asyncio.run(scenario())
+
+
+def test_a_held_or_prefetched_adapter_is_there_before_it_is_asked_for(world: World, shared: Path) -> None:
+    async def scenario() -> None:
+        options = options_for(shared)
+        mine, theirs = await store_adapter(world, options), await store_adapter(world, options, "ben")
+        async with router(world, options) as machine:
+            for ref in (mine, theirs):
+                await machine.forget(ref.digest)
+            machine.hold([HeldAdapter(mine, "host")])
+            await machine.prefetch(theirs, "disk")
+            status = await until_there(machine, {mine.digest: "host", theirs.digest: "disk"})
+            assert theirs.digest not in status.host_tier
+
+    asyncio.run(scenario())
+
+
+def test_a_wrong_byte_in_the_store_hurts_only_its_own_user(world: World, shared: Path) -> None:
+    async def scenario() -> None:
+        options = options_for(shared)
+        ref = await store_adapter(world, options, "eve")
+        weights = shared / "store" / "objects" / ref.key / "adapter_model.safetensors"
         weights.chmod(0o600)
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
         async with router(world, options) as machine:
             good = asyncio.create_task(answer(machine, ask("good", LONG)))
-            with pytest.raises(AdapterLoadFailed):
+            await machine.forget(ref.digest)
+            with pytest.raises(AdapterLoadFailed, match="not what was uploaded"):
                 await answer(machine, ask("bad", adapter=ref))
             world.oracle.check(None, list(PROMPT), await good)
 
     asyncio.run(scenario())
 
 
-def test_routers_share_one_host_process_and_one_replica(world: World, tmp_path: Path) -> None:
+def test_routers_share_one_host_process_and_one_replica(world: World, shared: Path) -> None:
     async def scenario() -> None:
-        options = options_for(tmp_path)
+        options = options_for(shared)
         async with router(world, options) as one, router(world, options) as two:
             tokens = await asyncio.gather(*(answer(machine, ask(f"{id(machine)}")) for machine in (one, two)))
             assert tokens[0] == tokens[1]
@@ -172,15 +290,15 @@ def test_routers_share_one_host_process_and_one_replica(world: World, tmp_path: 
             assert statuses[0].pid == statuses[1].pid
             assert len(statuses[0].replicas) == 1
             with pytest.raises(ConfigError, match="idle_timeout_s"):
-                async with router(world, options_for(tmp_path, idle_timeout_s=61.0)):
+                async with router(world, options_for(shared, idle_timeout_s=61.0)):
                     pass
 
     asyncio.run(scenario())
 
 
-def test_a_closed_stream_frees_its_sequence_and_leaves_others_whole(world: World, tmp_path: Path) -> None:
+def test_a_closed_stream_frees_its_sequence_and_leaves_others_whole(world: World, shared: Path) -> None:
     async def scenario() -> None:
-        async with router(world, options_for(tmp_path)) as machine:
+        async with router(world, options_for(shared)) as machine:
             other = asyncio.create_task(answer(machine, ask("other", 100)))
             run = machine.submit(ask("closed", LONG))
             async for _ in run:
@@ -193,9 +311,9 @@ def test_a_closed_stream_frees_its_sequence_and_leaves_others_whole(world: World
     asyncio.run(scenario())
 
 
-def test_a_killed_replica_loses_no_token(world: World, tmp_path: Path) -> None:
+def test_a_killed_replica_loses_no_token(world: World, shared: Path) -> None:
     async def scenario() -> None:
-        options = options_for(tmp_path)
+        options = options_for(shared)
         ref = await store_adapter(world, options)
         async with router(world, options) as machine:
             whole = await answer(machine, ask("whole", LONG, ref))
@@ -220,11 +338,12 @@ def test_a_killed_replica_loses_no_token(world: World, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_killed_host_process_comes_back_and_requests_are_held_meanwhile(
-    world: World, tmp_path: Path
-) -> None:
+def test_a_killed_host_process_comes_back_and_requests_are_held_meanwhile(world: World, mortal: Path) -> None:
     async def scenario() -> None:
-        async with router(world, options_for(tmp_path)) as machine:
+        options = options_for(mortal)
+        ref = await store_adapter(world, options)
+        async with router(world, options) as machine:
+            machine.hold([HeldAdapter(ref, "host")])
             whole = await answer(machine, ask("whole", LONG))
             pid = (await machine.status()).pid
             run = machine.submit(ask("held", LONG))
@@ -234,14 +353,14 @@ def test_a_killed_host_process_comes_back_and_requests_are_held_meanwhile(
                 if len(tokens) == 20:
                     os.kill(pid, signal.SIGKILL)
             assert tokens == whole
-            assert (await machine.status()).pid != pid
+            assert (await until_there(machine, {ref.digest: "host"})).pid != pid  # held again
 
     asyncio.run(scenario())
 
 
-def test_a_killed_parked_process_comes_back(world: World, tmp_path: Path) -> None:
+def test_a_killed_parked_process_comes_back(world: World, mortal: Path) -> None:
     async def scenario() -> None:
-        async with router(world, options_for(tmp_path)) as machine:
+        async with router(world, options_for(mortal)) as machine:
             before = await answer(machine, ask("a"))
             status = await machine.status()
             os.kill(status.parked_pid, signal.SIGKILL)
@@ -252,11 +371,11 @@ def test_a_killed_parked_process_comes_back(world: World, tmp_path: Path) -> Non
     asyncio.run(scenario())
 
 
-def test_a_killed_router_takes_nothing_with_it(world: World, tmp_path: Path) -> None:
+def test_a_killed_router_takes_nothing_with_it(world: World, shared: Path) -> None:
     """A second router in a process of its own is killed while both stream."""
 
     async def scenario() -> None:
-        options = options_for(tmp_path)
+        options = options_for(shared)
         async with router(world, options) as machine:
             await machine.warmup()
             code = (
@@ -265,14 +384,14 @@ def test_a_killed_router_takes_nothing_with_it(world: World, tmp_path: Path) -> 
                 "from tunefleet.runtime.base import read_manifest\n"
                 "async def main():\n"
                 "    base = Path(sys.argv[2])\n"
-                "    world = t.World(base, read_manifest(base), None, None)\n"
+                "    world = t.World(base, read_manifest(base), None, None, None)\n"
                 "    async with t.router(world, t.options_for(Path(sys.argv[1]))) as machine:\n"
                 "        async for _ in machine.submit(t.ask('theirs', 245)):\n"
                 "            print('streaming', flush=True)\n"
                 "asyncio.run(main())\n"
             )
             environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-            command = [sys.executable, "-c", code, str(tmp_path), str(world.base)]
+            command = [sys.executable, "-c", code, str(shared), str(world.base)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as theirs:
                 assert theirs.stdout is not None
                 await asyncio.to_thread(theirs.stdout.readline)
@@ -302,16 +421,3 @@ def test_a_base_that_can_not_be_loaded_is_an_error_with_its_reason(world: World,
             await machine.close()
 
     asyncio.run(scenario())
-
-
-def test_nothing_is_left_when_the_last_router_has_gone(world: World, tmp_path: Path) -> None:
-    async def scenario() -> set[int]:
-        async with router(world, options_for(tmp_path)) as machine:
-            await machine.warmup()
-            status = await machine.status()
-            return {status.pid, status.parked_pid, status.replicas[0].pid}
-
-    pids = asyncio.run(scenario())
-    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    _, left = psutil.wait_procs(alive, timeout=30)
-    assert left == []
