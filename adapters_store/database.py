@@ -21,6 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tunefleet.adapters_store import revisions
 from tunefleet.adapters_store.postgres_backend import PostgresBackend
 from tunefleet.adapters_store.sqlite_backend import SqliteBackend
+from tunefleet.adapters_store.steps import reached
 from tunefleet.errors import ConfigError, StoreError
 
 MAX_ATTEMPTS = 5
@@ -112,9 +113,10 @@ class Database:
         return StoreError(f"the catalog can't be used: {self._shown(error)}", code="catalog_unavailable")
 
     def _shown(self, error: Exception) -> str:
+        """The first line: the others hold keys and values."""
         cause = getattr(error, "orig", None) or getattr(error, "strerror", None) or error
-        text = " ".join(str(cause).split())
-        return text.replace(self._password, "***") if self._password else text
+        line = str(cause).partition("\n")[0]
+        return line.replace(self._password, "***") if self._password else line
 
 
 def _once(engine: Engine, work: Callable[[Connection], T], *, commit: bool) -> T:
@@ -126,6 +128,7 @@ def _once(engine: Engine, work: Callable[[Connection], T], *, commit: bool) -> T
 
 
 def _commit(connection: Connection) -> None:
+    reached("catalog:committing")
     try:
         connection.commit()
     except DBAPIError as error:

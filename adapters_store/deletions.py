@@ -123,16 +123,14 @@ def finish(connection: Connection, deletion_id: str, *, now: str) -> DeletionRec
     row = connection.execute(query).one_or_none()
     if row is None:
         raise _not_found(deletion_id)
-    if row.finished_at is None:
-        missing = _missing_routers(connection, deletion_id)
-        if any(until > now for until in missing.values()) or _has_open_items(connection, deletion_id):
-            return None
-        dead = [router_id for router_id, until in missing.items() if until > row.requested_at]
-        values = {"user_id": None, "holder": None, "held_until": None, "finished_at": now}
-        own = deletions.c.deletion_id == deletion_id
-        connection.execute(
-            deletions.update().where(own).values(**values, kept=[_died(each) for each in dead])
-        )
+    if row.finished_at is not None:
+        return _found(connection, deletion_id, select(deletions))
+    missing = _missing_routers(connection, deletion_id, since=min(row.requested_at, now))
+    if any(until > now for until in missing.values()) or _has_open_items(connection, deletion_id):
+        return None
+    kept = [_died(router_id) for router_id in sorted(missing)]
+    values = {"user_id": None, "holder": None, "held_until": None, "finished_at": now, "kept": kept}
+    connection.execute(deletions.update().where(deletions.c.deletion_id == deletion_id).values(**values))
     return _found(connection, deletion_id, select(deletions))
 
 
@@ -188,11 +186,11 @@ def _pending() -> Select[*tuple[Any, ...]]:
     )
 
 
-def _missing_routers(connection: Connection, deletion_id: str) -> dict[str, str]:
-    """Known routers that have not told, with the end of their lease."""
+def _missing_routers(connection: Connection, deletion_id: str, *, since: str) -> dict[str, str]:
+    """Routers alive since then that have not told, with the end of their lease."""
     told = select(deletion_acks.c.router_id).where(deletion_acks.c.deletion_id == deletion_id)
     acked = set(connection.execute(told).scalars())
-    leases = routers.all_leases(connection)
+    leases = routers.leases_after(connection, since)
     return {router_id: until for router_id, until in leases.items() if router_id not in acked}
 
 

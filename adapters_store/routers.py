@@ -32,12 +32,10 @@ def leave(connection: Connection, router_id: str) -> None:
     connection.execute(claims.delete().where(claims.c.holder == router_id))
 
 
-def all_leases(connection: Connection) -> dict[str, str]:
-    """Every known router, dead or alive: until when it holds its lease."""
-    rows = connection.execute(
-        select(routers.c.router_id, routers.c.leased_until).order_by(routers.c.router_id)
-    )
-    return {row.router_id: row.leased_until for row in rows}
+def leases_after(connection: Connection, time: str) -> dict[str, str]:
+    """The routers that were alive after ``time``, and until when each holds its lease."""
+    query = select(routers.c.router_id, routers.c.leased_until).where(routers.c.leased_until > time)
+    return {row.router_id: row.leased_until for row in connection.execute(query)}
 
 
 def claim(connection: Connection, name: str, holder: str, lease_s: float, *, now: datetime) -> bool:

@@ -210,4 +210,5 @@ claims = Table(  # work that one router does at a time
     Column("name", ascii_text(64), primary_key=True),
     Column("holder", ascii_text(64), nullable=False),
     Column("held_until", ascii_text(32), nullable=False),
+    Index(None, "holder"),
 )

@@ -102,6 +102,7 @@ def _routers() -> None:
         sa.Column("holder", ascii_text(64), nullable=False),
         sa.Column("held_until", ascii_text(32), nullable=False),
     )
+    op.create_index("ix_claims_holder", "claims", ["holder"])
 
 
 def _partial_index(name: str, table: str, columns: list[str], condition: str) -> None:
