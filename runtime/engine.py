@@ -126,7 +126,7 @@ class Engine:
         """Maps a prepared file; its sequences join as soon as there is a slot."""
         self._fetching.discard(digest)
         try:
-            self._loaded[digest] = _Loaded(_map_prepared(path, self._linears), download_s, load_s)
+            self._loaded[digest] = _Loaded(map_prepared(path, self._linears), download_s, load_s)
         except AdapterLoadFailed as error:
             self.adapter_failed(digest, error.message, error.code, retry_after_s=1.0)
 
@@ -259,7 +259,7 @@ def slot_dtype(manifest: Manifest, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _map_prepared(path: Path, linears: dict[str, LinearSpec]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def map_prepared(path: Path, linears: dict[str, LinearSpec]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Per layer ``A [r, in]`` and ``B [r, out]`` of a prepared file.
 
     Raises:
