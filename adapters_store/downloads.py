@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tunefleet.adapters_store.objects import COPY_BYTES, ObjectStore, StoredObject, changed, shown
+from tunefleet.adapters_store.objects import COPY_BYTES, DISK_FULL, ObjectStore, StoredObject, changed, shown
 from tunefleet.errors import StoreError
 
 RANGE_BYTES = 8 * 1024 * 1024
@@ -150,7 +150,7 @@ def _reserve(fd: int, size_bytes: int) -> None:
 
 
 def _disk_error(key: str, error: OSError) -> StoreError:
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    full = error.errno in DISK_FULL
     advice = "; make room on this machine's disk" if full else ""
     return StoreError(
         f"{shown(key)} can't be copied to disk: {error.strerror or error}{advice}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import io
 import os
@@ -17,6 +16,7 @@ from typing import BinaryIO, cast
 
 from tunefleet.adapters_store.objects import (
     COPY_BYTES,
+    DISK_FULL,
     Deleted,
     ListedObject,
     PresignedPut,
@@ -24,9 +24,11 @@ from tunefleet.adapters_store.objects import (
     changed,
     check_key,
     check_range,
+    is_key,
     not_found,
     shown,
 )
+from tunefleet.adapters_store.steps import reached
 from tunefleet.errors import StoreError
 
 _STALE_S = 24 * 3600.0  # an unfinished put older than this belongs to a dead process
@@ -58,6 +60,7 @@ class FileStore:
                         shutil.copyfileobj(read, file, COPY_BYTES)
                     file.flush()
                     os.fsync(file.fileno())
+                    reached("file:written")
                     self._publish(temporary, target)
                 except BaseException:
                     temporary.unlink(missing_ok=True)
@@ -114,7 +117,7 @@ class FileStore:
             if key.endswith("/"):
                 if key.startswith(prefix) or prefix.startswith(key):
                     yield from self._walk(Path(entry.path), key, prefix)
-            elif key.startswith(prefix):
+            elif key.startswith(prefix) and is_key(key):
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                     status = entry.stat()
                     modified_at = datetime.fromtimestamp(status.st_mtime, UTC)
@@ -197,8 +200,9 @@ def _part(file: BinaryIO, start: int, num_bytes: int) -> BinaryIO:
 
 
 def _failed(what: str, error: OSError) -> StoreError:
-    code = "disk_full" if error.errno in {errno.ENOSPC, errno.EDQUOT} else None
-    return StoreError(f"{what}: {error.strerror}", code=code)
+    if error.errno in DISK_FULL:
+        return StoreError(f"{what}: {error.strerror}; make room for the store", code="disk_full")
+    return StoreError(f"{what}: {error.strerror}")
 
 
 def _sync_folder(folder: Path) -> None:

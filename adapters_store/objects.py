@@ -8,18 +8,19 @@ and no key is a prefix of another one, so a delete never races an upload of the 
 
 from __future__ import annotations
 
+import errno
 import re
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
 from tunefleet.config import store_folder
 from tunefleet.errors import ConfigError, StoreError
 
 COPY_BYTES = 1024 * 1024
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,199}")
 
 
@@ -160,11 +161,10 @@ def open_store(store_url: str) -> ObjectStore:
     from tunefleet.adapters_store.s3_store import S3Store
     from tunefleet.adapters_store.s3_url import SHAPE, parse_s3_url
 
-    scheme = urlsplit(store_url).scheme
-    if scheme == "s3":
+    if store_url.startswith("s3:"):
         return S3Store(parse_s3_url(store_url))
-    if scheme != "file":
-        raise ConfigError(
-            f"store_url has scheme {scheme[:40]!r}; supported: file:///path and {SHAPE}", param="store_url"
-        )
-    return FileStore(store_folder(store_url) / "objects")
+    if store_url.startswith("file:"):
+        return FileStore(store_folder(store_url) / "objects")
+    raise ConfigError(
+        f"store_url begins with {store_url[:12]!r}; supported: file:///path and {SHAPE}", param="store_url"
+    )

@@ -41,6 +41,9 @@ class _Answer(NamedTuple):
     code: str
 
 
+_NAMELESS = _Answer(400, "")  # of a HEAD, which has no body: expired credentials or another region
+
+
 @contextlib.contextmanager
 def explained(what: str, key: str | None = None) -> Iterator[None]:
     """Turns what goes wrong in the block into a StoreError; ``what``: "x can't be read"."""
@@ -63,7 +66,7 @@ def store_error(what: str, error: Exception, key: str | None = None) -> StoreErr
     if answer.code == "NoSuchBucket":
         text = "there is no such bucket: make it, or correct store_url"
         return StoreError(f"{what}: {text}", code="bucket_not_found", param="store_url")
-    if answer.code in _DENIALS or answer.status in _DENIED_STATUSES:
+    if answer.code in _DENIALS or answer.status in _DENIED_STATUSES or answer == _NAMELESS:
         reason = _DENIALS.get(answer.code, f"the store refuses: {_ANY_DENIAL}")
         return StoreError(f"{what}: {reason}", code=DENIED)
     return StoreError(f"{what}: {_trouble(answer, error)}", code=UNAVAILABLE)
@@ -89,7 +92,8 @@ def _trouble(answer: _Answer, error: Exception) -> str:
         return "the store's certificate isn't trusted: give its CA as ca= in store_url"
     if isinstance(reason, urllib3.exceptions.NameResolutionError):
         return "the store's host has no address: check endpoint= in store_url"
-    if isinstance(reason, urllib3.exceptions.TimeoutError):
+    refused = isinstance(reason, urllib3.exceptions.NewConnectionError)  # urllib3 calls that a timeout too
+    if isinstance(reason, urllib3.exceptions.TimeoutError) and not refused:
         return "the store doesn't answer in time; try again later"
     if isinstance(error, (ParseError, ValueError)):
         return "what answers there doesn't speak S3: check endpoint= in store_url"

@@ -20,7 +20,7 @@ PARAMETERS = {
     "sse": "server-side encryption: AES256, or aws:kms: and a key's id",
     "style": "path (host/bucket) or virtual (bucket.host)",
 }
-_BUCKET = re.compile(r"(?=.{3,63}$)[a-z0-9]+(?:[.\-]?-*[a-z0-9]+)*")
+_BUCKET = re.compile(r"(?!.*(?:\.\.|\.-|-\.))(?!(?:\d+\.){3}\d+$)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PREFIX = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._\-]*/)*")
 _REGION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _SSE = re.compile(r"AES256|aws:kms:(?P<key>\S+)")
@@ -52,7 +52,10 @@ def parse_s3_url(store_url: str, environment: Mapping[str, str] = os.environ) ->
     Raises:
         ConfigError: something that isn't understood; nothing in a URL is ignored.
     """
-    parts = urlsplit(store_url)
+    try:
+        parts = urlsplit(store_url)
+    except ValueError as error:
+        raise _wrong(f"is no URL: {error}") from error
     if "@" in parts.netloc:
         raise _wrong(
             "must not hold credentials, since URLs are logged: set AWS_ACCESS_KEY_ID and"
