@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
-from catalog_kit import ALICE, BASE, at_once, dump, push, upload
+from catalog_kit import ALICE, BASE, at_once, push, upload
 from tunefleet.adapters_store.catalog import AdapterName, Added, Catalog
 
 ADD_TEN = """
@@ -30,7 +29,6 @@ from tunefleet.adapters_store.catalog import Catalog
 from tunefleet.errors import AdapterConflict
 catalog = Catalog(sys.argv[1])
 print("ready", flush=True)
-wins = 0
 for line in sys.stdin:
     live = int(line)
     try:
@@ -42,27 +40,54 @@ for line in sys.stdin:
 catalog.close()
 """
 
-STOP_HALFWAY = """
+KILLED_EVERYWHERE = """
 import os, signal, sys
-from catalog_kit import ALICE, begun, push, upload
 from sqlalchemy import event
+from catalog_kit import ALICE, begun, dump, push, upload
 from tunefleet.adapters_store.catalog import Catalog
-catalog = Catalog(sys.argv[1])
-left = [int(sys.argv[3])]
 
-def die(*_):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+CHANGES = {
+    "add": lambda catalog: catalog.add_version(ALICE, upload(9, "new"), promote=True, upload_id="u1"),
+    "rollback": lambda catalog: catalog.rollback(ALICE),
+    "delete": lambda catalog: catalog.delete_user("default", "alice"),
+}
 
-event.listen(catalog._database.engine, "before_cursor_execute", die)
-event.listen(catalog._database.engine, "commit", die)
-if sys.argv[2] == "add":
-    catalog.add_version(ALICE, upload(9, "new"), promote=True, upload_id="u1")
-elif sys.argv[2] == "rollback":
-    catalog.rollback(ALICE)
-else:
-    catalog.delete_user("default", "alice")
+def opened(use):
+    catalog = Catalog(sys.argv[1])
+    try:
+        return use(catalog)
+    finally:
+        catalog.close()
+
+def prepare(catalog):
+    push(catalog, ALICE, 1, 2)
+    catalog.begin_upload(ALICE, begun(catalog, "u1", ttl_s=9999))
+
+def change_until(catalog, change, step):
+    left = [step]
+    def die(*_):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    event.listen(catalog._database.engine, "before_cursor_execute", die)
+    event.listen(catalog._database.engine, "commit", die)
+    CHANGES[change](catalog)
+
+opened(prepare)
+for change in CHANGES:
+    before, step, status = opened(dump), 0, signal.SIGKILL
+    while status == signal.SIGKILL:
+        pid = os.fork()
+        if pid == 0:
+            opened(lambda catalog: change_until(catalog, change, step))
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        if status:
+            assert opened(dump) == before, (change, step)
+        step += 1
+    assert status == 0
+    assert opened(dump) != before
+    print(change, step)
 """
 
 
@@ -143,18 +168,14 @@ def test_of_two_processes_that_promote_at_once_one_wins_and_all_see_it(database_
     catalog.close()
 
 
-def test_a_process_killed_anywhere_in_a_transaction_leaves_all_or_nothing(database_url: str) -> None:
-    """Killed for real, before each statement that it would send."""
-    catalog = Catalog(database_url)
-    push(catalog, ALICE, 1, 2)
-    for change in ("add", "rollback", "delete"):
-        before, step = dump(catalog), 0
-        while True:
-            process = start(STOP_HALFWAY, database_url, change, str(step))
-            process.communicate()
-            if process.returncode == 0 or dump(catalog) != before:
-                break
-            assert process.returncode == -signal.SIGKILL
-            step += 3
-        assert step
-    catalog.close()
+def test_a_process_killed_anywhere_in_a_transaction_leaves_nothing_of_it(database_url: str) -> None:
+    """Killed for real, before each statement and before the commit."""
+    process = start(KILLED_EVERYWHERE, database_url)
+    answer, _ = process.communicate()
+    assert process.returncode == 0
+    steps = dict(line.split() for line in answer.splitlines())
+    assert {change: int(number) > 6 for change, number in steps.items()} == {
+        "add": True,
+        "rollback": True,
+        "delete": True,
+    }
