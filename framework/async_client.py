@@ -80,8 +80,8 @@ class AsyncClient:
         user_id: str,
         *,
         fallback: Fallback | UnsetType | None = UNSET,
-        limits: Mapping[str, object] | UnsetType | None = UNSET,
-        metadata: Mapping[str, object] | UnsetType | None = UNSET,
+        limits: dict[str, object] | UnsetType | None = UNSET,
+        metadata: dict[str, object] | UnsetType | None = UNSET,
     ) -> User:
         """Changes what is given; None takes a setting away. Makes the user if there is none."""
         return await self.send(

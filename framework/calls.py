@@ -149,8 +149,8 @@ def update_user(
     user_id: str,
     *,
     fallback: Fallback | UnsetType | None = UNSET,
-    limits: Mapping[str, object] | UnsetType | None = UNSET,
-    metadata: Mapping[str, object] | UnsetType | None = UNSET,
+    limits: dict[str, object] | UnsetType | None = UNSET,
+    metadata: dict[str, object] | UnsetType | None = UNSET,
 ) -> Call[User]:
     given = {"fallback": fallback, "limits": limits, "metadata": metadata}
     body = {name: value for name, value in given.items() if value is not UNSET}

@@ -82,8 +82,8 @@ class Client:
         user_id: str,
         *,
         fallback: Fallback | UnsetType | None = UNSET,
-        limits: Mapping[str, object] | UnsetType | None = UNSET,
-        metadata: Mapping[str, object] | UnsetType | None = UNSET,
+        limits: dict[str, object] | UnsetType | None = UNSET,
+        metadata: dict[str, object] | UnsetType | None = UNSET,
     ) -> User:
         """Changes what is given; None takes a setting away. Makes the user if there is none."""
         return self.send(calls.update_user(user_id, fallback=fallback, limits=limits, metadata=metadata))

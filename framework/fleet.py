@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, Unpack
@@ -183,8 +183,8 @@ class Fleet:
         user_id: str,
         *,
         fallback: Fallback | UnsetType | None = UNSET,
-        limits: Mapping[str, object] | UnsetType | None = UNSET,
-        metadata: Mapping[str, object] | UnsetType | None = UNSET,
+        limits: dict[str, object] | UnsetType | None = UNSET,
+        metadata: dict[str, object] | UnsetType | None = UNSET,
     ) -> User:
         """Changes what is given; None takes a setting away. Makes the user if there is none."""
         return await self.store.update_user(user_id, fallback=fallback, limits=limits, metadata=metadata)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -110,7 +109,7 @@ def deletion(
         print_receipt(receipt)
 
 
-def _object(text: str | None, option: str) -> Mapping[str, object] | UnsetType | None:
+def _object(text: str | None, option: str) -> dict[str, object] | UnsetType | None:
     """Not given: unset; ``null``: None."""
     from msgspec import UNSET
 
