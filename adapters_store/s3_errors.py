@@ -41,7 +41,8 @@ class _Answer(NamedTuple):
     code: str
 
 
-_NAMELESS = _Answer(400, "")  # of a HEAD, which has no body: expired credentials or another region
+# To a HEAD, which is answered without a body: expired credentials, or another region.
+_NAMELESS = {_Answer(400, ""), _Answer(400, "BadRequest")}
 
 
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ def store_error(what: str, error: Exception, key: str | None = None) -> StoreErr
     if answer.code == "NoSuchBucket":
         text = "there is no such bucket: make it, or correct store_url"
         return StoreError(f"{what}: {text}", code="bucket_not_found", param="store_url")
-    if answer.code in _DENIALS or answer.status in _DENIED_STATUSES or answer == _NAMELESS:
+    if answer.code in _DENIALS or answer.status in _DENIED_STATUSES or answer in _NAMELESS:
         reason = _DENIALS.get(answer.code, f"the store refuses: {_ANY_DENIAL}")
         return StoreError(f"{what}: {reason}", code=DENIED)
     return StoreError(f"{what}: {_trouble(answer, error)}", code=UNAVAILABLE)

@@ -96,6 +96,9 @@ class S3Server:
         query = urlencode({"endpoint": self.endpoint, **parameters})
         return f"s3://{bucket}/{prefix}?{query}"
 
+    def _is_ready(self, pool: urllib3.PoolManager) -> bool:
+        return pool.request("GET", f"{self.endpoint}{self.ready_path}").status == 200
+
     def _wait(self) -> None:
         deadline = time.monotonic() + _READY_S
         with urllib3.PoolManager(timeout=5, retries=False) as pool:
@@ -104,7 +107,7 @@ class S3Server:
                 if self._process.poll() is not None:
                     break
                 with contextlib.suppress(urllib3.exceptions.HTTPError):
-                    if pool.request("GET", f"{self.endpoint}{self.ready_path}").status == 200:
+                    if self._is_ready(pool):
                         return
                 time.sleep(0.05)  # nothing tells us when another program is ready
         log = (self.folder / "log").read_text(errors="replace")
@@ -158,6 +161,13 @@ class SeaweedFS(S3Server):
         }
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         (folder / "data").mkdir()
+
+    def _is_ready(self, pool: urllib3.PoolManager) -> bool:
+        """Also has the volumes back: after a restart the front end is up before them."""
+        if not super()._is_ready(pool):
+            return False
+        topology = pool.request("GET", f"http://127.0.0.1:{self.ports[1]}/dir/status").json()["Topology"]
+        return bool(topology["DataCenters"])
 
     def command(self) -> list[str]:
         names = ("s3", "master", "volume", "filer")

@@ -30,7 +30,7 @@ from tunefleet.errors import StoreError
 pytestmark = pytest.mark.s3
 KEY = "t/sha256/ab/abcd/u1/adapter_model.safetensors"
 MIB = 1024 * 1024
-QUICK = Patience(connect_s=1, read_s=0.3)
+HASTY = Patience(connect_s=1, read_s=0.3)  # for servers that answer nothing
 _numbers = itertools.count()
 
 
@@ -49,7 +49,7 @@ def faults(juicefs: S3Server) -> Iterator[FaultServer]:
 def behind(juicefs: S3Server, faults: FaultServer, source: Path) -> Iterator[S3Store]:
     """A store with one object, whose line may fail."""
     url = juicefs.url(juicefs.shared_bucket, f"faults/{next(_numbers)}", endpoint=faults.endpoint)
-    store = S3Store(parse_s3_url(url), patience=QUICK)
+    store = S3Store(parse_s3_url(url))
     store.put(KEY, source)
     store.delete("t/none")  # so that the bucket has been asked for its versions
     yield store
@@ -173,7 +173,6 @@ def everything(store: ObjectStore, source: Path) -> dict[str, Callable[[], objec
 @pytest.mark.parametrize(
     ("fault", "code", "said"),
     [
-        (Fault.HANG, "store_unavailable", "doesn't answer in time"),
         (Fault.ERROR, "store_unavailable", "busy or out of order"),
         (Fault.SLOW_DOWN, "store_unavailable", "busy or out of order"),
         (Fault.FORBIDDEN, "store_denied", "check its keys (AWS_ACCESS_KEY_ID), this machine's clock"),
@@ -187,14 +186,27 @@ def test_each_fault_is_an_error_with_its_code_from_every_call(
 ) -> None:
     faults.set(fault)
     for name, call in everything(behind, source).items():
-        if fault is Fault.HANG and name != "open":
-            continue  # the same timeouts, once is enough
         error = refusal(call)
         assert (code, name) == (code_of(error), name)
         if name != "delete":  # a HEAD has no body to tell its code
             assert said in error.message
     faults.heal()
     assert read(behind, KEY) == b"content"
+
+
+def test_a_server_that_hangs_is_given_up_on(
+    behind: S3Store, faults: FaultServer, source: Path, tmp_path: Path
+) -> None:
+    hasty = S3Store(behind._location, patience=HASTY)
+    faults.set(Fault.HANG)
+    calls = everything(hasty, source)
+    calls["download"] = lambda: download(hasty, KEY, tmp_path / "target", max_bytes=100)
+    for call in (calls["open"], calls["put"], calls["download"]):
+        error = refusal(call)
+        assert code_of(error) == "store_unavailable"
+        assert "doesn't answer in time" in error.message
+    assert not (tmp_path / "target").exists()
+    hasty.close()
 
 
 def test_what_speaks_no_s3_is_an_error(behind: S3Store, faults: FaultServer, source: Path) -> None:
@@ -235,7 +247,7 @@ def test_a_stream_that_stalls_is_an_error(behind: S3Store, faults: FaultServer, 
     """A server that drips keeps every read timeout; only the pace gives it away."""
     now_s = itertools.count(0.0, 31.0)
     behind.put(KEY, written(source, b"x" * 1000))
-    slow = S3Store(behind._location, patience=QUICK, clock=lambda: next(now_s))
+    slow = S3Store(behind._location, clock=lambda: next(now_s))
     faults.set(Fault.DRIP, method="GET")
     stored = slow.open(KEY)
     with stored.stream:
@@ -245,13 +257,15 @@ def test_a_stream_that_stalls_is_an_error(behind: S3Store, faults: FaultServer, 
     slow.close()
 
 
-def test_streams_that_are_closed_early_hold_no_connection(behind: S3Store, source: Path) -> None:
-    behind.put(KEY, written(source, os.urandom(3 * MIB)))
+def test_streams_that_are_closed_early_hold_no_connection(juicefs: S3Server, source: Path) -> None:
+    store = open_store(juicefs.url(juicefs.shared_bucket, f"early/{next(_numbers)}"))
+    store.put(KEY, written(source, os.urandom(3 * MIB)))
     for _ in range(40):  # more than the pool keeps
-        stored = behind.open(KEY)
+        stored = store.open(KEY)
         stored.stream.read(1)
         stored.stream.close()
-    assert len(read(behind, KEY)) == 3 * MIB
+    assert len(read(store, KEY)) == 3 * MIB
+    store.close()
 
 
 @pytest.mark.parametrize("at", [0.01, 0.5, 0.99])
@@ -265,7 +279,7 @@ def test_a_download_over_a_line_that_is_cut_once_per_range_is_whole(
     assert (tmp_path / "target").read_bytes() == content
 
 
-@pytest.mark.parametrize("fault", [Fault.CUT, Fault.ERROR, Fault.FORBIDDEN, Fault.HANG])
+@pytest.mark.parametrize("fault", [Fault.CUT, Fault.ERROR, Fault.FORBIDDEN])
 def test_a_download_that_fails_leaves_no_file(
     behind: S3Store, faults: FaultServer, tmp_path: Path, fault: Fault
 ) -> None:
