@@ -217,14 +217,15 @@ class AsyncCatalog:
     ) -> Adapter:
         """Keeps the live version and the canary in a tier of every machine, until a time or for good."""
         adapter = self._named(user_id, name, tenant)
-        found = await self._changed(lambda: self._catalog.set_pin(adapter, Pin(tier, until)))
+        found = await self._changed(lambda: self._catalog.set_pin(adapter, Pin(tier, until)), "pin:committed")
         return views.adapter(adapter, found)
 
     async def clear_pin(
         self, user_id: str, *, name: str = DEFAULT_ADAPTER, tenant: str = DEFAULT_TENANT
     ) -> Adapter:
         adapter = self._named(user_id, name, tenant)
-        return views.adapter(adapter, await self._changed(lambda: self._catalog.clear_pin(adapter)))
+        found = await self._changed(lambda: self._catalog.clear_pin(adapter), "pin:committed")
+        return views.adapter(adapter, found)
 
     def _named(self, user_id: str, name: str, tenant: str) -> AdapterName:
         return AdapterName(tenant, check_user_id(user_id), check_adapter_name(name), self._base)

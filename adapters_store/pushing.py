@@ -31,6 +31,7 @@ from tunefleet.errors import AdapterInvalid, StoreError
 
 CHUNK_BYTES = 256 * 1024
 INTENT_S = 3600  # an upload of which nothing was heard for so long may be collected
+EXTEND_S = INTENT_S / 4
 _STALE_S = 24 * 3600.0
 _FILE_STEPS = {CONFIG_FILE: "upload:config-put", WEIGHTS_FILE: "upload:weights-put"}
 
@@ -190,7 +191,7 @@ class Pushing:
         def extend() -> None:
             self._catalog.extend_upload(upload_id, self._catalog.timestamp(INTENT_S))
 
-        with _repeatedly(INTENT_S / 4, extend):
+        with _repeatedly(EXTEND_S, extend):
             for file in ADAPTER_FILES:
                 self._objects.put(f"{prefix}/{file}", folder / file)
                 reached(_FILE_STEPS[file])

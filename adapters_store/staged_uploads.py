@@ -54,6 +54,7 @@ class StagedUploads:
             raise self._pushing.too_large(file)
         self._objects.put(f"{record.object_key}/{file}", source)
         reached("stage:put")
+        self._check_wanted(adapter, upload_id, f"{record.object_key}/{file}")
 
     def complete(self, adapter: AdapterName, upload_id: str) -> Added:
         """Makes the staged files a version; again, also at once: the same answer and no second version."""
@@ -98,6 +99,14 @@ class StagedUploads:
             if stored.size_bytes > self._pushing.limits.max_bytes(target.name):
                 raise self._pushing.too_large(target.name)
             self._pushing.copy(stream, target)
+
+    def _check_wanted(self, adapter: AdapterName, upload_id: str, key: str) -> None:
+        """A file that came after its upload was over, or its user deleted, must not stay."""
+        try:
+            self._staged(adapter, upload_id)
+        except AdapterNotFound:
+            self._objects.delete(key)
+            raise
 
     def _staged(self, adapter: AdapterName, upload_id: str) -> UploadRecord:
         """Raises AdapterNotFound (``upload_not_found``): never begun here, expired, or somebody else's."""

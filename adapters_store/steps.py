@@ -14,6 +14,8 @@ from tunefleet.config import setting
 from tunefleet.errors import InvalidState
 
 STEPS = (
+    "catalog:committing",  # all of a transaction is written, nothing is committed; once per transaction
+    "file:written",  # an object's file is whole and has no name yet; once per object in a folder
     "upload:intent",  # noted in the catalog, no object yet
     "upload:config-put",
     "upload:weights-put",
@@ -30,6 +32,7 @@ STEPS = (
     "promote:committed",
     "rollback:committed",
     "canary:committed",
+    "pin:committed",
     "delete:marked",  # out of the catalog; objects and copies are still there
     "delete:object-gone",  # once per object
     "delete:noted",  # once per upload: all its objects are gone and the receipt says so

@@ -7,6 +7,7 @@ leaves nothing half: an upload that wasn't acknowledged is garbage, a deletion t
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -18,7 +19,7 @@ from tunefleet.adapters_store.arguments import check_metadata, check_number
 from tunefleet.adapters_store.async_catalog import AsyncCatalog, Resolved
 from tunefleet.adapters_store.catalog import Catalog
 from tunefleet.adapters_store.collecting import Collected, Collector
-from tunefleet.adapters_store.deleting import Deletions
+from tunefleet.adapters_store.deleting import WAIT_S, Deletions
 from tunefleet.adapters_store.objects import ObjectStore, open_store
 from tunefleet.adapters_store.pushing import Pushing, PushRequest, UploadLimits
 from tunefleet.adapters_store.records import AdapterName, Added, DeletionRecord
@@ -68,6 +69,7 @@ class AdapterStore(AsyncCatalog):
         staging: Path,
         max_rank: int,
         max_upload_bytes: int,
+        deletion_wait_s: float = WAIT_S,
     ) -> None:
         super().__init__(catalog, manifest.base_id)
         self._objects = objects
@@ -77,7 +79,12 @@ class AdapterStore(AsyncCatalog):
         self._pushing = Pushing(objects, catalog, manifest, staging=staging, limits=limits)
         self._staged = StagedUploads(objects, catalog, self._pushing)
         self._deletions = Deletions(
-            objects, catalog, self._router_id, lookup=self._lookup, transfer=self._transfer
+            objects,
+            catalog,
+            self._router_id,
+            lookup=self._lookup,
+            transfer=self._transfer,
+            wait_s=deletion_wait_s,
         )
         self._collector = Collector(objects, catalog, self._pushing.mark)
 
@@ -108,7 +115,12 @@ class AdapterStore(AsyncCatalog):
         """This router's background work, while it serves: see ``watching``."""
         return self.watcher(machine, intervals).running()
 
-    def watcher(self, machine: MachineSide, intervals: Intervals = INTERVALS) -> Watch:
+    def watcher(
+        self,
+        machine: MachineSide,
+        intervals: Intervals = INTERVALS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Watch:
         """The same, to go round by round."""
         watched = Watched(
             catalog=self._catalog,
@@ -120,7 +132,7 @@ class AdapterStore(AsyncCatalog):
             lookup=self._lookup,
             transfer=self._transfer,
         )
-        return Watch(watched, machine, intervals)
+        return Watch(watched, machine, intervals, clock)
 
     async def collect(self, *, min_age_s: float, dry_run: bool = False) -> Collected:
         """Removes objects that nothing refers to and that are older; a dry run only counts them."""
@@ -264,6 +276,7 @@ class AdapterStore(AsyncCatalog):
 
         record = await self._lookup.to_the_end(marked)
         self._wakes.deleted.set()
+        self._wakes.pinned.set()
         return await self._deletions.settle(record)
 
     def _pushed(self, adapter: AdapterName, added: Added) -> Pushed:

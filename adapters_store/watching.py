@@ -125,7 +125,7 @@ class Watch:
             StoreError: the catalog can't be used. Later it may fail as it likes.
         """
         await self.beat()
-        tasks = [asyncio.create_task(job.repeat()) for job in self._jobs]
+        tasks = [asyncio.create_task(job.repeat(self._over.is_set)) for job in self._jobs]
         try:
             yield self
         finally:
@@ -133,8 +133,7 @@ class Watch:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            with contextlib.suppress(TunefleetError):  # then its lease runs out
-                await self._ask(lambda: self._catalog.leave(self._watched.router_id))
+            await self._leave()
 
     async def round(self) -> None:
         """Every job once, in order."""
@@ -186,6 +185,13 @@ class Watch:
             )
             for sentence in collected.kept:
                 logger.warning("not collected: %s", sentence)
+
+    async def _leave(self) -> None:
+        """Says what it still can. What fails here, the next start or the end of the lease makes good."""
+        with contextlib.suppress(TunefleetError, OSError):
+            await self.tell()
+        with contextlib.suppress(TunefleetError):
+            await self._ask(lambda: self._catalog.leave(self._watched.router_id))
 
     async def _sweep(self) -> None:
         """Forgets copies of what was deleted while nobody told this machine."""
@@ -245,8 +251,9 @@ class _Job:
         self._wake = wake or asyncio.Event()
         self._num_failures = 0  # in a row
 
-    async def repeat(self) -> None:
-        while True:
+    async def repeat(self, is_over: Callable[[], bool]) -> None:
+        """Until it is cancelled, or over: work may swallow a cancellation that comes as it ends."""
+        while not is_over():
             self._wake.clear()
             try:
                 await self.work()
@@ -255,7 +262,8 @@ class _Job:
             else:
                 self._worked()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._delay_s())
+                async with asyncio.timeout(self._delay_s()):
+                    await self._wake.wait()
 
     def _delay_s(self) -> float:
         backed_off = self._interval_s * 2.0**self._num_failures

@@ -12,7 +12,7 @@ from tunefleet.adapters_store.catalog import Catalog
 from tunefleet.adapters_store.memory_store import MemoryStore
 from tunefleet.adapters_store.objects import ObjectStore
 from tunefleet.adapters_store.store import AdapterStore
-from tunefleet.core import ADAPTER_FILES, UploadTicket
+from tunefleet.core import ADAPTER_FILES, DEFAULT_ADAPTER, UploadTicket
 from tunefleet.messages import Forgotten, HeldAdapter
 
 MANIFEST = make_manifest()
@@ -73,6 +73,7 @@ async def opened(
     objects: ObjectStore | None = None,
     *,
     max_upload_bytes: int = 10**6,
+    deletion_wait_s: float = 5.0,
     clock: Clock | None = None,
     database_url: str | None = None,
 ) -> AsyncIterator[AdapterStore]:
@@ -85,6 +86,7 @@ async def opened(
         staging=tmp_path / "staging",
         max_rank=64,
         max_upload_bytes=max_upload_bytes,
+        deletion_wait_s=deletion_wait_s,
     )
     try:
         yield store
@@ -102,7 +104,9 @@ def keys(store: AdapterStore) -> list[str]:
     return [found.key for found in store.objects.list("") if not found.key.startswith("catalogs/")]
 
 
-async def put_all(store: AdapterStore, user_id: str, ticket: UploadTicket, folder: Path) -> None:
+async def put_all(
+    store: AdapterStore, user_id: str, ticket: UploadTicket, folder: Path, *, name: str = DEFAULT_ADAPTER
+) -> None:
     """Stages both files through the server."""
     for file in ADAPTER_FILES:
-        await store.put_file(user_id, ticket.upload_id, file, folder / file)
+        await store.put_file(user_id, ticket.upload_id, file, folder / file, name=name)
