@@ -43,9 +43,8 @@ def main() -> None:
 def print_store(manifest: Manifest, repeats: int) -> None:
     for num_users in (1_000, 10_000, 100_000):
         found = lookup.measure(num_users)
-        print(
-            f"lookup among {num_users:>7,} users   p50 {found.p50 * 1000:.3f} ms   p99 {found.p99 * 1000:.3f} ms"
-        )
+        print(f"lookup among {num_users:>7,} users   p50 {found.p50 * 1000:.3f} ms", end="   ")
+        print(f"p99 {found.p99 * 1000:.3f} ms")
     with store.s3() as server:
         upload = store.uploads(server, manifest, repeats)
         print(f"upload of {store.UPLOAD_MB} MB to S3   {upload.mb_per_s:.0f} MB/s", end="   ")

@@ -1,4 +1,4 @@
-"""Uploads through a real server, and the way from the bucket into a slot; over a real S3 server on loopback."""
+"""Uploads through a real server, and the way from the bucket into a slot, over a real S3 on loopback."""
 
 from __future__ import annotations
 
