@@ -32,6 +32,7 @@ LEASE_S = 10.0  # a router of which nothing was heard for so long is dead
 MAX_BACKOFF_S = 5.0
 COLLECT_AGE_S = 24 * 3600.0  # time to notice that a wrong backup of the catalog was restored
 NUM_RECORDS = 100
+PLACES = ("disk", "host", "device", "streams")  # of what a router and its machine count
 
 
 class MachineSide(Protocol):
@@ -149,13 +150,13 @@ class Watch:
 
     async def tell(self) -> None:
         """Ends streams and forgets copies of what was deleted, and says so in the receipts."""
-        if not self._swept:
-            await self._sweep()
         router_id = self._watched.router_id
         for record in await self._ask(lambda: self._catalog.unacked(router_id, NUM_RECORDS)):
             copies = await self._forgotten(record)
             if copies is not None:
                 await self._ack(record, copies)
+        if not self._swept:
+            await self._sweep()
 
     async def hold(self) -> None:
         """Tells the machine what is pinned, when that changed."""
@@ -213,16 +214,18 @@ class Watch:
             gone.update(disk=forgotten.disk, host=forgotten.host, device=device)
             if forgotten.in_use:
                 in_use.add(digest)
-        gone |= self._counted.pop(record.deletion_id, Counter())
+        gone |= self._counted.get(record.deletion_id, Counter())
+        self._counted[record.deletion_id] = gone  # whatever fails from here on: they are gone only once
         # Somebody else's adapter with the same bytes may be in use forever.
         if in_use - await self._ask(lambda: self._catalog.known_digests(sorted(in_use))):
-            self._counted[record.deletion_id] = gone
             return None
         return gone
 
     async def _ack(self, record: DeletionRecord, copies: Counter[str]) -> None:
         watched = self._watched
-        await self._ask(lambda: self._catalog.ack_deletion(record.deletion_id, watched.router_id, copies, ()))
+        counts = {place: copies[place] for place in PLACES}
+        await self._ask(lambda: self._catalog.ack_deletion(record.deletion_id, watched.router_id, counts, ()))
+        self._counted.pop(record.deletion_id, None)
         reached("delete:told")
         await watched.deletions.finish(record)
 
