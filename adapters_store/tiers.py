@@ -22,7 +22,7 @@ from tunefleet.adapters_store.failures import Failures, load_failed
 from tunefleet.adapters_store.flights import Fetched, Flight, FlightAbandoned
 from tunefleet.adapters_store.holds import Holds
 from tunefleet.adapters_store.host_tier import HostTier
-from tunefleet.adapters_store.objects import ObjectStore
+from tunefleet.adapters_store.objects import DISK_FULL, ObjectStore
 from tunefleet.adapters_store.prepare import PreparedDtype, prepare_adapter, prepared_bytes
 from tunefleet.adapters_store.threads import Runner
 from tunefleet.core import AdapterRef, Manifest, PinTier
@@ -36,7 +36,7 @@ NUM_TRANSFERS = 8
 NUM_LOADS = 2
 
 _HEADER_BYTES = 1024  # a prepared file's header is no longer than an upload's, but for the digest
-_CODES = {"object_corrupt": "adapter_corrupt", "object_not_found": "adapter_lost"}
+_BAD_OBJECTS = {"object_corrupt": "adapter_corrupt", "object_not_found": "adapter_lost"}
 
 log = logging.getLogger("tunefleet.tiers")
 
@@ -312,20 +312,29 @@ class Tiers:
 
 
 def _failure(ref: AdapterRef, error: Exception) -> AdapterLoadFailed:
+    """What those who wait are told, and the log where somebody has to do something."""
     name = f"adapter {ref.digest[:12]}"
     if isinstance(error, AdapterLoadFailed):
         return error
     if isinstance(error, AdapterInvalid):
         failed = load_failed(f"{name} can't be served: {error.message}", "adapter_invalid", for_good=True)
-    elif isinstance(error, StoreError) and error.code in _CODES:
+    elif isinstance(error, StoreError) and error.code in _BAD_OBJECTS:
         log.error("%s under %s: %s", name, ref.key, error)
-        failed = load_failed(f"{name}: {error.message}; upload it again", _CODES[error.code])
+        failed = load_failed(f"{name}: {error.message}; upload it again", _BAD_OBJECTS[error.code])
     else:
         if not isinstance(error, (StoreError, OSError)):
             log.error("%s can't be fetched", name, exc_info=error)
-        failed = load_failed(f"{name} can't be fetched now: {error}", "adapter_unavailable")
+        code = "adapter_no_room" if _is_full(error) else "adapter_unavailable"
+        failed = load_failed(f"{name} can't be fetched now: {error}", code)
     failed.__cause__ = error
     return failed
+
+
+def _is_full(error: Exception) -> bool:
+    """The disk has less room than the budget says."""
+    if isinstance(error, StoreError):
+        return error.code == "disk_full"
+    return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
 def _corrupt(ref: AdapterRef, error: CopyCorrupt) -> AdapterLoadFailed:

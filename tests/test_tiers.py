@@ -485,7 +485,7 @@ async def test_a_full_cache_disk_hurts_only_what_is_not_cached(setup: Setup) -> 
         await tiers.fetch(there)
         with no_file_above(100):
             refusal = await refusal_of(tiers, wanted)
-            assert (refusal.code, refusal.retry_after_s) == ("adapter_unavailable", RETRY_AFTER_S)
+            assert (refusal.code, refusal.retry_after_s) == ("adapter_no_room", RETRY_AFTER_S)
             assert (await tiers.fetch(there)).download_s == 0.0
         setup.clock.now_s += RETRY_AFTER_S
         assert (await tiers.fetch(wanted)).path.read_bytes() == setup.reference(2)
