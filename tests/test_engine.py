@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -189,6 +190,22 @@ def test_a_failed_adapter_ends_only_those_who_wait_for_it(tiny: Tiny) -> None:
     driver.step()
     assert driver.answers["bad"].error_code == "adapter_load_failed"
     assert driver.answers["good"].finish_reason is FinishReason.LENGTH
+
+
+def test_objects_that_failed_end_only_those_who_have_them(tiny: Tiny) -> None:
+    engine = new_engine(tiny.folder, tiny.manifest)
+    driver = Driver(engine, tiny.adapters, load_steps=1)
+    lost = msgspec.structs.replace(tiny.adapters[0].ref, key="lost")
+    sound = msgspec.structs.replace(lost, key="sound")
+    for request_id, ref in (("sound", sound), ("lost", lost)):
+        work = Submit(request_id=request_id, prompt=(3, 4), sampling=greedy(5), adapter=ref)
+        driver.submit(work)
+    assert len(engine.missing_adapters()) == 1
+    engine.adapter_failed(lost.digest, "gone", "adapter_lost", 10.0, key=lost.key)
+    driver.finish()
+    driver.step()
+    assert driver.answers["lost"].error_code == "adapter_lost"
+    assert driver.answers["sound"].finish_reason is FinishReason.LENGTH
 
 
 def test_a_broken_prepared_file_ends_only_its_own_sequences(tiny: Tiny, tmp_path: Path) -> None:
