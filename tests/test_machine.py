@@ -18,8 +18,9 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 
 from engine_kit import Adapter, Oracle, greedy, make_adapter, prepare_model, tiny_model
+from lone_router import options_for
 from tunefleet.adapters_store.store import AdapterStore
-from tunefleet.config import Options, resolve
+from tunefleet.config import Options
 from tunefleet.core import AdapterRef, FinishReason, Manifest
 from tunefleet.errors import AdapterLoadFailed, CapacityError, ConfigError
 from tunefleet.messages import Forgotten, HeldAdapter, Progress, Status, Submit
@@ -53,44 +54,36 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(root / "base", manifest, *adapters, Oracle(model, adapters))
 
 
-@pytest.fixture(scope="module")
-def shared(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A machine that is up for all tests that leave its host and parked process alone; its folder."""
-    root = tmp_path_factory.mktemp("shared")
-    with (
-        start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(router(world, options_for(root))),
-    ):
-        yield root
+class Machines(NamedTuple):
+    """Folders of two machines that are up for the whole module; their parked processes start together."""
+
+    shared: Path  # tests leave its host and parked process alone
+    mortal: Path  # tests may kill them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machines(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    folders = Machines(tmp_path_factory.mktemp("shared"), tmp_path_factory.mktemp("mortal"))
+    with start_blocking_portal() as portal, contextlib.ExitStack() as stack:
+        for root in folders:
+            stack.enter_context(portal.wrap_async_context_manager(router(world, options_for(root))))
+        yield folders
+
+
+@pytest.fixture
+def shared(machines: Machines) -> Path:
+    return machines.shared
+
+
+@pytest.fixture
+def mortal(machines: Machines) -> Path:
+    return machines.mortal
 
 
 @pytest.fixture(scope="module")
 def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A machine that is up while a test has a router, and a moment longer."""
+    """Of a machine that is up while a test has a router, and a moment longer."""
     return tmp_path_factory.mktemp("brief")
-
-
-@pytest.fixture(scope="module")
-def mortal(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A machine whose processes tests may kill."""
-    root = tmp_path_factory.mktemp("mortal")
-    with (
-        start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(router(world, options_for(root))),
-    ):
-        yield root
-
-
-def options_for(root: Path, **given: object) -> Options:
-    keywords: dict[str, object] = {
-        "cache_dir": str(root / "cache"),
-        "store_url": (root / "store").as_uri(),
-        "devices": "cpu",
-        "idle_timeout_s": 60.0,
-        "max_model_len": 256,
-        "threads_per_replica": 1,
-    }
-    return resolve(keywords={**keywords, **given}, environ={})
 
 
 @contextlib.asynccontextmanager
@@ -378,21 +371,9 @@ def test_a_killed_router_takes_nothing_with_it(world: World, shared: Path) -> No
         options = options_for(shared)
         async with router(world, options) as machine:
             await machine.warmup()
-            code = (
-                "import asyncio, sys, test_machine as t\n"
-                "from pathlib import Path\n"
-                "from tunefleet.runtime.base import read_manifest\n"
-                "async def main():\n"
-                "    base = Path(sys.argv[2])\n"
-                "    world = t.World(base, read_manifest(base), None, None, None)\n"
-                "    async with t.router(world, t.options_for(Path(sys.argv[1]))) as machine:\n"
-                "        async for _ in machine.submit(t.ask('theirs', 245)):\n"
-                "            print('streaming', flush=True)\n"
-                "asyncio.run(main())\n"
-            )
-            environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-            command = [sys.executable, "-c", code, str(shared), str(world.base)]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as theirs:
+            program = Path(__file__).with_name("lone_router.py")
+            command = [sys.executable, str(program), str(shared), str(world.base)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE) as theirs:
                 assert theirs.stdout is not None
                 await asyncio.to_thread(theirs.stdout.readline)
                 run = asyncio.create_task(answer(machine, ask("ours", LONG)))
