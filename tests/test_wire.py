@@ -51,6 +51,8 @@ def values(kind: object) -> st.SearchStrategy[object]:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return st.one_of(*map(values, args))
+    if origin is typing.Literal:
+        return st.sampled_from(args)
     if origin is tuple and args[-1] is ...:
         return st.lists(values(args[0]), max_size=4).map(tuple)
     if origin is dict:
