@@ -71,6 +71,13 @@ class PostgresServer:
             self._template = url.rpartition("/")[2]
         return self._create(f"TEMPLATE {self._template}")
 
+    def copy_of(self, url: str) -> str:
+        """The URL of a copy of a database that nobody is connected to."""
+        return self._create(f"TEMPLATE {url.rpartition('/')[2]}")
+
+    def drop(self, url: str) -> None:
+        self.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
+
     def execute(self, statement: str) -> None:
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             connection.execute(statement.encode())
