@@ -32,7 +32,11 @@ _URLS = (
 
 
 class Deletions:
-    """Lives as long as the store that made it, which closes it."""
+    """Lives as long as the store that made it, which closes it.
+
+    Args:
+        on_removed: called when a deletion's objects are gone, or could not be removed.
+    """
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class Deletions:
         *,
         lookup: Runner,
         transfer: Runner,
+        on_removed: Callable[[], None],
         wait_s: float = WAIT_S,
     ) -> None:
         self._objects = objects
@@ -49,6 +54,7 @@ class Deletions:
         self._router_id = router_id
         self._lookup = lookup
         self._transfer = transfer
+        self._on_removed = on_removed
         self._wait_s = wait_s
         self._removing: set[asyncio.Task[None]] = set()
         self._closing = threading.Event()
@@ -125,6 +131,7 @@ class Deletions:
 
     def _over(self, removing: asyncio.Task[None]) -> None:
         self._removing.discard(removing)
+        self._on_removed()
         if _failed(removing):
             logger.warning("objects of a deletion could not be removed yet: %s", removing.exception())
 

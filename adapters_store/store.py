@@ -84,6 +84,7 @@ class AdapterStore(AsyncCatalog):
             self._router_id,
             lookup=self._lookup,
             transfer=self._transfer,
+            on_removed=self._wakes.deleted.set,
             wait_s=deletion_wait_s,
         )
         self._collector = Collector(objects, catalog, self._pushing.mark)

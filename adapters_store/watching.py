@@ -153,7 +153,8 @@ class Watch:
         router_id = self._watched.router_id
         for record in await self._ask(lambda: self._catalog.unacked(router_id, NUM_RECORDS)):
             copies = await self._forgotten(record)
-            if copies is not None:
+            # A request from before the deletion may have fetched a copy meanwhile, as long as there are objects.
+            if copies is not None and not record.unnoted:
                 await self._ack(record, copies)
         if not self._swept:
             await self._sweep()
@@ -232,6 +233,7 @@ class Watch:
     async def _remove(self, record: DeletionRecord) -> None:
         deletions = self._watched.deletions
         await self._watched.transfer.to_the_end(lambda: deletions.remove(record, self._over.is_set))
+        self._watched.wakes.deleted.set()
         await deletions.finish(record)
 
     async def _ask(self, work: Callable[[], T]) -> T:
