@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def running() -> Iterator[Processes]:
 def _serve() -> None:
     _warm_up()
     assert threading.active_count() == 1  # a fork takes no other thread along, but the locks it holds
+    gc.freeze()  # a collection in a fork would copy all that is shared with it
     for line in sys.stdin.buffer:
         pid = os.fork()
         if not pid:
