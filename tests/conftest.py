@@ -20,6 +20,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """At the end of a run: which bad inputs and faults it withstood."""
+    from hazards import Withstood
+
+    config.pluginmanager.register(Withstood(), "hazards")
+
+
 @pytest.fixture(scope="session")
 def s3_credentials() -> Iterator[None]:
     """The test servers' keys where everybody looks for them, subprocesses too."""
@@ -63,9 +70,11 @@ def postgres() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture
-def postgres_url(postgres: PostgresServer) -> str:
+def postgres_url(postgres: PostgresServer) -> Iterator[str]:
     """An empty catalog on Postgres."""
-    return postgres.fresh()
+    url = postgres.fresh()
+    yield url
+    postgres.drop(url)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

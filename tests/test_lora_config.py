@@ -135,35 +135,44 @@ def test_a_config_without_peft_type_is_refused() -> None:
     assert (refusal.code, refusal.param) == ("invalid_adapter_config", "peft_type")
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"a_field_of_tomorrow": None},
-        {"a_field_of_tomorrow": False},
-        {"a_field_of_tomorrow": []},
-        {"a_field_of_tomorrow": {}},
-        {"a_field_of_tomorrow": ""},
-        {"use_dora": None, "modules_to_save": [], "layer_replication": [], "target_parameters": []},
-        {"rank_pattern": None, "alpha_pattern": None, "bias": None, "use_rslora": None},
-        {"init_lora_weights": None},
-        *({"init_lora_weights": value} for value in (True, False, "gaussian", "eva", "orthogonal", "mica")),
-        {"bias": "all"},
-        {"target_modules": "(a+)+$"},
-        {"target_modules": []},
-        {"target_modules": ".*"},
-        {"runtime_config": {"ephemeral_gpu_offload": True}},
-        {"megatron_core": "os"},
-        {
-            "auto_mapping": {
-                "base_model_class": "LlamaForCausalLM",
-                "parent_library": "transformers.models.llama.x",
-            }
-        },
-        {"auto_mapping": {"base_model_class": "A", "parent_library": "b", "unsloth_fixed": True}},
-        {"lora_alpha": -16},
-        {"layers_to_transform": [999]},
-    ],
-)
+INACTIVE: dict[str, dict[str, object]] = {
+    "unknown and null": {"a_field_of_tomorrow": None},
+    "unknown and false": {"a_field_of_tomorrow": False},
+    "unknown and an empty list": {"a_field_of_tomorrow": []},
+    "unknown and an empty object": {"a_field_of_tomorrow": {}},
+    "unknown and an empty text": {"a_field_of_tomorrow": ""},
+    "known and empty": {
+        "use_dora": None,
+        "modules_to_save": [],
+        "layer_replication": [],
+        "target_parameters": [],
+    },
+    "served and null": {"rank_pattern": None, "alpha_pattern": None, "bias": None, "use_rslora": None},
+    **{
+        f"init {value}": {"init_lora_weights": value}
+        for value in (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+    },
+    "bias all": {"bias": "all"},
+    "ReDoS": {"target_modules": "(a+)+$"},
+    "no module": {"target_modules": []},
+    "any module": {"target_modules": ".*"},
+    "runtime_config": {"runtime_config": {"ephemeral_gpu_offload": True}},
+    "a module to import": {"megatron_core": "os"},
+    "auto_mapping by PEFT": {
+        "auto_mapping": {
+            "base_model_class": "LlamaForCausalLM",
+            "parent_library": "transformers.models.llama.x",
+        }
+    },
+    "auto_mapping by Unsloth": {
+        "auto_mapping": {"base_model_class": "A", "parent_library": "b", "unsloth_fixed": True}
+    },
+    "alpha negative": {"lora_alpha": -16},
+    "layers that are not there": {"layers_to_transform": [999]},
+}
+
+
+@pytest.mark.parametrize("fields", INACTIVE.values(), ids=INACTIVE)
 def test_what_has_no_effect_on_answers_is_accepted(fields: dict[str, object]) -> None:
     assert parse(**fields).r == 8
 

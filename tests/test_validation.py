@@ -240,25 +240,27 @@ def test_a_folder_in_a_files_place_is_refused(tmp_path: Path) -> None:
     assert refusal_of(tmp_path).code == "missing_file"
 
 
+ODD_BUT_HARMLESS: list[tuple[dict[str, object], str]] = [
+    (
+        {"base_model_name_or_path": "unsloth/x-4bit"},
+        "base_model_name_or_path is 'unsloth/x-4bit'",
+    ),
+    ({"base_model_name_or_path": "unsloth/tiny-bnb-4bit"}, "a quantised copy of tiny"),
+    ({"base_model_name_or_path": "/content/checkpoint-60"}, "a folder where it was trained"),
+    ({"base_model_name_or_path": ""}, "is empty"),
+    ({"base_model_name_or_path": None}, "is empty"),
+    ({"base_model_name_or_path": "http://169.254.169.254/\n\0"}, r"is 'http://169.254.169.254/\n\x00'"),
+    ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+    ({"bias": "all"}, "bias is all"),
+    ({"rank_pattern": {"nothing": 4}}, "rank_pattern: 'nothing' names no module"),
+    ({"alpha_pattern": {"nothing": 4}}, "alpha_pattern: 'nothing' names no module"),
+    ({"target_modules": ["q_proj", "v_proj", "down_proj", "k_proj"]}, "no tensors for 'k_proj'"),
+    ({"target_modules": ["q_proj", "mlp.down_proj"]}, "doesn't name 'v_proj'"),
+]
+
+
 @pytest.mark.parametrize(
-    ("config", "warning"),
-    [
-        (
-            {"base_model_name_or_path": "unsloth/x-4bit"},
-            "base_model_name_or_path is 'unsloth/x-4bit'",
-        ),
-        ({"base_model_name_or_path": "unsloth/tiny-bnb-4bit"}, "a quantised copy of tiny"),
-        ({"base_model_name_or_path": "/content/checkpoint-60"}, "a folder where it was trained"),
-        ({"base_model_name_or_path": ""}, "is empty"),
-        ({"base_model_name_or_path": None}, "is empty"),
-        ({"base_model_name_or_path": "http://169.254.169.254/\n\0"}, r"is 'http://169.254.169.254/\n\x00'"),
-        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
-        ({"bias": "all"}, "bias is all"),
-        ({"rank_pattern": {"nothing": 4}}, "rank_pattern: 'nothing' names no module"),
-        ({"alpha_pattern": {"nothing": 4}}, "alpha_pattern: 'nothing' names no module"),
-        ({"target_modules": ["q_proj", "v_proj", "down_proj", "k_proj"]}, "no tensors for 'k_proj'"),
-        ({"target_modules": ["q_proj", "mlp.down_proj"]}, "doesn't name 'v_proj'"),
-    ],
+    ("config", "warning"), ODD_BUT_HARMLESS, ids=[warning for _, warning in ODD_BUT_HARMLESS]
 )
 def test_what_is_odd_but_harmless_warns(tmp_path: Path, config: dict[str, object], warning: str) -> None:
     (told,) = check(make_adapter(tmp_path, MANIFEST, config=config)).warnings

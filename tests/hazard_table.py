@@ -1,0 +1,239 @@
+"""Families of bad inputs and faults, each variant with the tests that meet it (beginnings of node ids)."""
+
+from __future__ import annotations
+
+Tests = str | tuple[str, ...]
+
+SENT = "test_malformed_uploads.py::test_it_is_refused_and_nothing_is_kept["
+FRAMED = "test_malformed_uploads.py::test_a_body_that_is_not_what_its_headers_say_keeps_nothing["
+EXPENSIVE = "test_tensors.py::test_an_expensive_header_is_refused_for_a_few_megabytes_and_milliseconds["
+PEFT_SERVED = "test_validation_peft.py::test_it_is_served_with_pefts_numbers["
+PEFT_REFUSED = "test_validation_peft.py::test_it_is_refused_by_name_saying_what_to_do["
+VALUES = "test_validation.py::"
+INACTIVE = "test_lora_config.py::test_what_has_no_effect_on_answers_is_accepted["
+SERVING = "test_uploads_while_serving.py::"
+STORE_ID = "test_store.py::test_ids_that_look_special_are_just_ids["
+USER_ID = "test_core.py::test_what_is_no_user_id_is_refused_shortly_and_not_repeated["
+FINE_ID = "test_core.py::test_what_only_looks_special_is_an_id_like_any_other["
+
+
+SAFETENSORS_BYTES: dict[str, Tests] = {
+    "empty": f"{SENT}safetensors: empty]",
+    "1 to 7 bytes": tuple(f"{SENT}safetensors: {count} bytes]" for count in range(1, 8)),
+    "header length 2**64 - 1": f"{SENT}safetensors: header of 2**64 - 1]",
+    "header length 101 MB": f"{SENT}safetensors: header of 101 MB]",
+    "header length 1 MiB + 1": f"{SENT}safetensors: header of 1 MiB + 1]",
+    "header length negative-like": f"{SENT}safetensors: header of 2**63]",
+    "not JSON": f"{SENT}safetensors: not JSON]",
+    "not UTF-8": f"{SENT}safetensors: not UTF-8]",
+    "truncated": (f"{SENT}safetensors: cut off]", f"{SENT}safetensors: header longer than the file]"),
+    "trailing bytes": f"{SENT}safetensors: trailing bytes",
+    "overlap": f"{SENT}safetensors: overlap]",
+    "hole": f"{SENT}safetensors: hole",
+    "reversed offsets": f"{SENT}safetensors: offsets reversed]",
+    "float offsets": f"{SENT}safetensors: offsets are floats]",
+    "duplicate keys": f"{SENT}safetensors: same name twice]",
+    "size overflow": (
+        f"{SENT}safetensors: shape whose product overflows]",
+        f"{SENT}safetensors: offsets far behind the file]",
+    ),
+    "10,000 dimensions": f"{EXPENSIVE}10,000 dimensions]",
+    "zero size": f"{SENT}safetensors: shape with a zero]",
+    "unknown dtype": f"{SENT}safetensors: dtype 'f32']",
+    "int dtypes": tuple(f"{SENT}safetensors: dtype '{dtype}']" for dtype in ("I64", "I32", "I8", "U8")),
+    "bool dtype": f"{SENT}safetensors: dtype 'BOOL']",
+    "F8 dtypes": f"{SENT}safetensors: dtype 'F8_",
+    "F64 dtype": f"{SENT}safetensors: dtype 'F64']",
+    "metadata that is not text": f"{SENT}safetensors: metadata not text]",
+    "deep JSON": f"{EXPENSIVE}deep JSON]",
+    "1M names": f"{EXPENSIVE}1M names]",
+    "NUL in a name": f"{SENT}safetensors: name with NUL]",
+    "../ in a name": f"{SENT}weights: a path with dots]",
+    "a name of 100 kB": f"{EXPENSIVE}a name of 100 kB]",
+    "byte order mark": f"{SENT}safetensors: byte order mark]",
+    "pickle renamed .safetensors": f"{SENT}safetensors: a pickle, renamed]",
+    "zip bomb": f"{SENT}archive: bomb:",
+    "sparse file": (
+        "test_store.py::test_a_sparse_giant_is_refused_without_reading_it_all",
+        "test_cli_check.py::test_a_sparse_giant_is_refused_before_it_is_read",
+        f"{SENT}archive: sparse sparse of type",
+    ),
+}
+
+ADAPTER_CONFIG: dict[str, Tests] = {
+    "not JSON": f"{SENT}config: not JSON]",
+    "a list": f"{SENT}config: a list]",
+    "10 MB": f"{SENT}config: 10 MB]",
+    "deep nesting": f"{SENT}config: deep]",
+    "missing": f"{SENT}body: no adapter_config.json]",
+    "r 0": f"{SENT}config: r = 0]",
+    "r -4": f"{SENT}config: r = -4]",
+    "r 4.0": f"{SENT}config: r = 4.0]",
+    'r "8"': f'{SENT}config: r = "8"]',
+    "r 2e6": f"{SENT}config: r = 2000000]",
+    "r a bool": f"{SENT}config: r = true]",
+    "r is not the shape's": f"{SENT}config: r of another rank]",
+    "rank_pattern huge": f"{SENT}config: rank_pattern = {{'q_proj': 2000000}}]",
+    "rank_pattern a regex": (f'{SENT}config: rank_pattern = {{".*": 4}}]', f"{PEFT_REFUSED}rank_pattern is"),
+    "rank_pattern a ReDoS": f'{SENT}config: rank_pattern = {{"(a+)+$": 4}}]',
+    "alpha NaN": f"{SENT}config: NaN]",
+    "alpha Infinity": f"{SENT}config: Infinity]",
+    "alpha 1e38": f"{SENT}config: lora_alpha = 1e+38]",
+    'alpha "16"': f'{SENT}config: lora_alpha = "16"]',
+    "alpha 0": f"{SENT}config: lora_alpha = 0",
+    "alpha negative": f"{PEFT_SERVED}alpha negative]",
+    "target_modules a ReDoS": f"{INACTIVE}ReDoS",
+    'target_modules ".*"': f"{INACTIVE}any module",
+    "target_modules []": f"{INACTIVE}no module",
+    "target_modules unknown": f"{VALUES}test_what_is_odd_but_harmless_warns[no tensors for",
+    "bias all": (f"{PEFT_SERVED}bias all", "test_validation_peft.py::test_biases_are_refused_where_the_base"),
+    "use_dora": (f"{SENT}config: use_dora = true]", f"{PEFT_REFUSED}DoRA]"),
+    "use_rslora and patterns": f"{PEFT_SERVED}rsLoRA and both patterns]",
+    "modules_to_save": (f"{SENT}config: modules_to_save", f"{PEFT_REFUSED}modules_to_save]"),
+    "trainable tokens": (f"{SENT}config: trainable_token_indices", f"{PEFT_REFUSED}trainable tokens]"),
+    "target_parameters": (f"{SENT}config: target_parameters", f"{PEFT_REFUSED}target_parameters]"),
+    "layer_replication": (f"{SENT}config: layer_replication", f"{PEFT_REFUSED}layer_replication]"),
+    "aLoRA": (f"{SENT}config: alora_invocation_tokens", f"{PEFT_REFUSED}aLoRA]"),
+    "QALoRA": (f"{SENT}config: use_qalora", f"{PEFT_REFUSED}QALoRA]"),
+    "BD-LoRA": (f"{SENT}config: use_bdlora", f"{PEFT_REFUSED}BD-LoRA]"),
+    "Arrow, KaSA, VeLoRA, MonteCLoRA": (
+        f"{SENT}config: arrow_config",
+        f"{PEFT_REFUSED}KaSA]",
+        f"{PEFT_REFUSED}VeLoRA]",
+        f"{PEFT_REFUSED}MonteCLoRA]",
+    ),
+    "PiSSA and other inits": (
+        f"{SENT}config: init_lora_weights =",
+        f"{PEFT_REFUSED}PiSSA]",
+        f"{PEFT_REFUSED}OLoRA]",
+        "test_validation_peft.py::test_an_init_that_moves_the_base_is_served_once_converted[pissa",
+    ),
+    "Megatron": f"{SENT}config: megatron_config",
+    "auto_mapping": f"{SENT}config: auto_mapping",
+    "peft_type unknown": f"{SENT}config: peft_type = [",
+    "peft_type in lower case": f'{SENT}config: peft_type = "lora"]',
+    "peft_type VERA": (f'{SENT}config: peft_type = "VERA"]', f"{PEFT_REFUSED}VeRA]"),
+    "peft_type of the others": tuple(
+        f"{PEFT_REFUSED}{kind}]"
+        for kind in ("IA3", "LoHa", "LoKr", "AdaLoRA", "OFT", "prefix tuning", "prompt tuning")
+    ),
+    "another base model's id": "test_base_names.py::test_any_other_name_is_a_warning_that_says_what_is_known",
+    "layers_to_transform out of range": f"{PEFT_SERVED}layers_to_transform out of range]",
+    "unknown active field": f"{SENT}config: a_field_of_tomorrow",
+    "unknown null field": f"{INACTIVE}unknown and null",
+    "runtime_config": f"{INACTIVE}runtime_config",
+}
+
+WEIGHTS: dict[str, Tests] = {
+    "NaN": f"{SENT}weights: NaN",
+    "infinity": (f"{SENT}weights: infinity", f"{SENT}weights: minus infinity]"),
+    "denormals": (
+        f"{VALUES}test_denormal_weights_are_served_while_the_adapter_has_an_effect",
+        f"{VALUES}test_effect_and_range_are_those_of_the_dtype_that_is_served[1e-42-float32",
+    ),
+    "bf16, fp16, fp32 mixed; fp8": (
+        f"{VALUES}test_dtypes_may_be_mixed_and_ranks_may_differ",
+        f"{SENT}safetensors: dtype 'F8_",
+    ),
+    "A missing": f"{SENT}weights: A missing]",
+    "B missing": f"{SENT}weights: B missing]",
+    "a module too many": f"{SENT}weights: output head]",
+    "wrong input or output size": (f"{SENT}weights: A too wide]", f"{SENT}weights: B too long]"),
+    "wrong layer": f"{SENT}weights: another layer]",
+    "transposed": (f"{SENT}weights: A transposed]", f"{SENT}weights: B transposed]"),
+    "rank 1": (
+        f"{PEFT_SERVED}rank 1]",
+        f"{VALUES}test_each_dtype_at_the_smallest_and_largest_rank_is_served[1-",
+    ),
+    "the largest rank": f"{VALUES}test_each_dtype_at_the_smallest_and_largest_rank_is_served[64-",
+    "a rank more": f"{SENT}weights: rank above the limit]",
+    "all zero": f"{SENT}weights: all zero]",
+    "keys with and without base_model.model.": f"{VALUES}test_names_without_prefix_or_with_the_adapters_name",
+}
+
+UPLOADS: dict[str, Tests] = {
+    "0 bytes": f"{SENT}body: nothing]",
+    "over the limit by 1": f"{SENT}body: one byte over the limit]",
+    "a lying Content-Length": f"{FRAMED}length",
+    "chunked, over the limit": f"{SENT}body: one byte over the limit, in chunks]",
+    "cut at 1 %": (f"{SENT}body: cut at 1%]", f"{FRAMED}zip cut at 1%]", f"{FRAMED}chunks cut at 1%]"),
+    "cut at 50 %": (f"{SENT}body: cut at 50%]", f"{FRAMED}zip cut at 50%]", f"{FRAMED}chunks cut at 50%]"),
+    "cut at 99 %": (f"{SENT}body: cut at 99%]", f"{FRAMED}zip cut at 99%]", f"{FRAMED}chunks cut at 99%]"),
+    "slow loris": (
+        "test_http_receive.py::test_a_client_that_stops_sending_gets_a_408",
+        "test_http_receive.py::test_a_real_connection_that_stops_is_answered_and_leaves_nothing",
+    ),
+    "wrong sha256": f"{SENT}body: Content_Digest",
+    "the same upload again": (
+        "test_http_adapters.py::test_every_way_to_upload_the_same_bytes_is_the_same_version",
+        "test_repeats.py::test_the_same_upload_again_is_answered_as_before_whatever_happened_since",
+    ),
+    "two at once for one user": (
+        "test_store.py::test_pushes_at_once_get_a_version_each",
+        "test_store.py::test_two_processes_pushing_for_one_user_make_two_versions",
+    ),
+    "upload while serving": f"{SERVING}test_an_upload_is_acknowledged_though_answers_hang",
+    "delete while serving": "test_http_users.py::test_a_deleted_users_answers_end_and_others_go_on",
+    "replace while serving": (
+        f"{SERVING}test_answers_under_way_end_with_the_version_they_began_with",
+        f"{SERVING}test_a_refused_upload_leaves_the_live_version_answering",
+    ),
+    "1001 fields": f"{SENT}body: 1001 parts]",
+    "a huge part's header": (
+        f"{SENT}body: part's header of 20 kB]",
+        f"{SENT}body: part with 1000 headers]",
+    ),
+    "preamble flood": f"{SENT}body: preamble flood]",
+    "missing boundary": (f"{SENT}body: no boundary]", f"{SENT}body: empty boundary]"),
+    "file name ../../x": (
+        "test_http_adapters.py::test_a_parts_file_name_means_nothing",
+        f"{SENT}body: path as part]",
+        f"{SENT}archive: '../adapter_config.json'",
+    ),
+    "NUL in a name": (f"{SENT}body: NUL in a part's name]",),
+    "Unicode NFC and NFD": f"{SENT}body: a part's name twin]",
+    "gzip as Content-Encoding": f"{SENT}body: Content_Encoding: gzip]",
+    "links in archives": (
+        f"{SENT}archive: symbolic link",
+        f"{SENT}archive: hard link",
+        f"{SENT}archive: link in a zip]",
+    ),
+    "duplicates in archives": (f"{SENT}archive: twice in", f"{SENT}archive: two adapters in"),
+}
+
+IDS: dict[str, Tests] = {
+    "empty": f"{USER_ID}empty]",
+    "1 MB": f"{USER_ID}1 MB]",
+    "..": (f"{USER_ID}two dots]", f"{USER_ID}a dot]"),
+    "/": f"{USER_ID}a slash]",
+    "%2e%2e": (
+        f"{USER_ID}encoded dots]",
+        "test_http_boundary.py::test_an_id_that_can_not",
+    ),
+    "\\": f"{USER_ID}backslash]",
+    "NUL": f"{USER_ID}NUL]",
+    "newline": f"{USER_ID}newline",
+    "colon forms": (f"{FINE_ID}colon forms]", f"{FINE_ID}a colon alone]"),
+    "__base__": (
+        f"{FINE_ID}the base's name]",
+        f"{STORE_ID}__base",
+    ),
+    "default": (f"{FINE_ID}default]", f"{STORE_ID}default]"),
+    "prefixes": f"{STORE_ID}a1]",
+    "case twins": "test_catalog.py::test_any_two_ids_are_two_users_in_one_order_on_every_database",
+    "Unicode twins": (f"{USER_ID}unicode twin]", f"{USER_ID}NFC]", f"{USER_ID}NFD]", f"{USER_ID}fullwidth]"),
+    "emoji": f"{USER_ID}emoji]",
+    "SQL quote": f"{USER_ID}SQL quote]",
+    "${} and {{}}": (f"{USER_ID}shell]", f"{USER_ID}template]"),
+    "a URL of the cloud's metadata": f"{USER_ID}URL]",
+    "s3://other": f"{USER_ID}another store]",
+    "leading dash": f"{FINE_ID}leading dash]",
+}
+
+WITHSTOOD: dict[str, dict[str, Tests]] = {
+    "A": SAFETENSORS_BYTES,
+    "B": ADAPTER_CONFIG,
+    "C": WEIGHTS,
+    "D": UPLOADS,
+    "E": IDS,
+}
