@@ -230,10 +230,95 @@ IDS: dict[str, Tests] = {
     "leading dash": f"{FINE_ID}leading dash]",
 }
 
+
+def _faults(*names: str) -> tuple[str, ...]:
+    """Of an object store, met on both real servers."""
+    test = "test_tier_faults.py::test_a_fault_hurts_only_who_asks_for_what_is_not_cached"
+    return tuple(f"{test}[{server}-{name}]" for server in ("JuiceFS", "SeaweedFS") for name in names)
+
+
+OBJECT_STORE: dict[str, Tests] = {
+    "refused": "test_s3_store.py::test_a_refused_port_fails_soon",
+    "500 once": (
+        "test_tier_faults.py::test_a_fault_that_is_over_at_once_hurts_nobody[JuiceFS-Fault.ERROR]",
+        "test_tier_faults.py::test_a_fault_that_is_over_at_once_hurts_nobody[SeaweedFS-Fault.ERROR]",
+    ),
+    "500 five times": _faults("500 five times"),
+    "503 SlowDown": _faults("503 SlowDown"),
+    "hang": (*_faults("hang"), "test_s3_store.py::test_a_server_that_hangs_is_given_up_on"),
+    "cut at 1 %": (*_faults("cut at 1 %"), "test_s3_store.py::test_a_stream_that_is_cut_is_an_error[0.01]"),
+    "cut at 50 %": (*_faults("cut at 50 %"), "test_s3_store.py::test_a_stream_that_is_cut_is_an_error[0.5]"),
+    "cut at 99 %": (*_faults("cut at 99 %"), "test_s3_store.py::test_a_stream_that_is_cut_is_an_error[0.99]"),
+    "wrong bytes of the same length": (
+        *_faults("one wrong byte"),
+        "test_tiers.py::test_a_wrong_byte_in_the_store_is_never_served",
+    ),
+    "wrong length": (
+        *_faults("a length that is none"),
+        "test_tier_faults.py::test_other_bytes_under_a_key_are_never_served",
+    ),
+    "404 of what the catalog knows": _faults("404"),
+    "403": _faults("403"),
+    "expired credentials": _faults("expired credentials"),
+    "clock skew": _faults("clock skew"),
+    "ETag changes during a download": (
+        "test_tier_faults.py::test_an_object_that_is_replaced_in_the_middle_of_a_download_is_not_mixed",
+        "test_downloads.py::test_an_object_that_changes_meanwhile_is_noticed",
+    ),
+    "disk full in the local cache": (
+        "test_tier_faults.py::test_a_full_disk_hurts_only_what_is_not_cached",
+        "test_tiers.py::test_a_full_cache_disk_hurts_only_what_is_not_cached",
+    ),
+    "poisoned file in the local cache": "test_tiers.py::test_a_poisoned_disk_copy_is_replaced_from_the_store",
+    "part of an upload left behind": (
+        "test_s3_store.py::test_a_put_whose_part_fails_leaves_no_object_and_no_parts",
+        "test_collecting.py::test_files_of_an_upload_go_when_it_has_expired_and_not_before",
+    ),
+    "store killed and restarted": (
+        "test_tier_faults.py::test_a_store_that_was_killed_is_used_again_once_it_is_back",
+        "test_s3_store.py::test_what_was_acknowledged_survives_a_killed_server",
+    ),
+}
+
+DATABASE: dict[str, Tests] = {
+    "locked": (
+        "test_database.py::test_a_sqlite_that_is_locked_for_long_is_busy",
+        "test_database.py::test_a_postgres_row_that_is_locked_for_long_is_busy",
+    ),
+    "killed in a commit": (
+        "test_catalog_processes.py::test_a_process_killed_anywhere_in_a_transaction_leaves_nothing_of_it",
+        "test_database.py::test_a_connection_that_is_lost_in_a_commit_says_that_it_may_have_happened",
+        "test_crash_matrix.py::test_a_process_killed_at_any_step_loses_nothing_and_leaves_nothing_half",
+    ),
+    "disk full": "test_database.py::test_a_full_disk_is_told_loses_nothing_and_passes",
+    "two writers of one version": (
+        "test_catalog_processes.py::test_two_uploads_at_once_for_a_new_user_are_two_versions",
+        "test_catalog_processes.py::test_threads_that_upload_at_once_get_a_number_each_without_a_gap",
+    ),
+    "stale reads": "test_catalog_processes.py::test_of_two_processes_that_promote_at_once_one_wins",
+    "pool exhausted": "test_database.py::test_when_all_connections_are_in_use_the_next_caller_is_told_soon",
+    "migration twice at once": "test_revisions.py::test_processes_that_open_a_new_catalog_at_once",
+    "downgrade": (
+        "test_revisions.py::test_a_database_of_a_newer_release_is_refused_and_left_alone",
+        "test_revisions.py::test_there_is_no_way_back",
+    ),
+    "Postgres restarts": "test_database.py::test_after_a_restart_of_postgres_the_next_request_works",
+    "clock jumps": (
+        "test_catalog.py::test_a_clock_that_goes_back_takes_nothing_away",
+        "test_routers.py::test_a_claim_from_before_the_clock_went_back_is_no_claim",
+    ),
+    "1M users: no statement scans a table": (
+        "test_query_plans.py::test_every_method_is_looked_at_and_sends_no_scan",
+        "test_query_plans.py::test_a_lookup_searches_unique_indexes_only",
+    ),
+}
+
 WITHSTOOD: dict[str, dict[str, Tests]] = {
     "A": SAFETENSORS_BYTES,
     "B": ADAPTER_CONFIG,
     "C": WEIGHTS,
     "D": UPLOADS,
     "E": IDS,
+    "H": OBJECT_STORE,
+    "I": DATABASE,
 }
