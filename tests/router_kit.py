@@ -114,7 +114,7 @@ def api(kit: Kit, authenticate: Authenticate = anyone, **more: object) -> Iterat
 
 
 def upload(
-    client: TestClient, path: Path, url: str = "/v1/users/alice/adapter", **more: Any
+    client: httpx2.Client, path: Path, url: str = "/v1/users/alice/adapter", **more: Any
 ) -> httpx2.Response:
     """Uploads a PEFT folder as multipart parts."""
     with contextlib.ExitStack() as stack:

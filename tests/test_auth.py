@@ -8,10 +8,19 @@ import pytest
 from starlette.requests import Request
 
 from router_kit import Kit, api, ask, upload
-from tunefleet.auth import Caller, admin_key, check_exposure
+from tunefleet.auth import SCOPES, Caller, admin_key, check_exposure
 from tunefleet.errors import AdapterNotFound, AuthError, ConfigError, RequestInvalid
 
 KEY = "s3cret-ключ"
+PATH_WORDS = {
+    "user_id": "alice",
+    "name": "default",
+    "version": "1",
+    "file": "adapter_config.json",
+    "model": "user:alice",
+    "upload_id": "0" * 32,
+    "deletion_id": "0" * 32,
+}
 
 
 def test_the_admin_key_opens_and_nothing_else_does(tmp_path: Path) -> None:
@@ -31,7 +40,7 @@ def test_every_route_but_health_asks_for_a_key(tmp_path: Path) -> None:
     with api(Kit(tmp_path), admin_key(KEY)) as client:
         paths = {route.path: route.methods for route in client.app.routes}  # type: ignore[attr-defined]
         for path, methods in paths.items():
-            url = path.replace(":path", "").format(user_id="u", name="x", version="1", file="f", model="m")
+            url = path.replace(":path", "").format_map(PATH_WORDS)
             for method in methods - {"HEAD"}:
                 expected = 200 if path in {"/healthz", "/readyz"} else 401
                 assert client.request(method, url).status_code == expected, (method, path)
@@ -140,6 +149,83 @@ def test_over_http_scopes_are_checked(tmp_path: Path) -> None:
         assert upload(client, kit.adapter(), headers=infer).status_code == 403
         assert ask(client, headers={"x-session": " upload"}).status_code == 403
         assert ask(client, headers=infer).status_code == 200
+
+
+CALLERS = {
+    "admin": Caller(scopes=frozenset({"admin"})),
+    "tenant": Caller(scopes=frozenset({"tenant"})),
+    "upload": Caller(scopes=frozenset({"upload"})),
+    "infer": Caller(scopes=frozenset({"infer"})),
+    "alice": Caller("alice", frozenset({"infer", "upload"})),
+    "bob": Caller("bob", frozenset({"infer", "upload"})),
+    "claims all": Caller("alice", SCOPES),
+    "elsewhere": Caller(scopes=SCOPES, tenant="acme"),
+    "nobody": None,
+}
+SCOPE_OF = {  # where nothing is said: infer to look, upload to change
+    "/v1/users": "tenant",
+    "/v1/status": "tenant",
+    "/v1/replicas": "tenant",
+    "/v1/adapters": "tenant",
+    "/v1/deletions/{deletion_id}": "tenant",
+    "/v1/warmup": "infer",
+    "/v1/chat/completions": "infer",
+    "/v1/completions": "infer",
+}
+
+
+def scope_of(method: str, path: str) -> str:
+    if "/files/" in path:
+        return "upload"
+    if path == "/v1/users/{user_id}":
+        return "infer" if method == "GET" else "tenant"
+    return SCOPE_OF.get(path, "infer" if method == "GET" else "upload")
+
+
+def refusal_of(who: str, method: str, path: str) -> int | None:
+    """The status that a caller must get for want of rights."""
+    scope = scope_of(method, path)
+    if who == "nobody":
+        return 401
+    if who in {"upload", "infer"} and scope != who:
+        return 403
+    if who in {"alice", "bob", "claims all"} and scope == "tenant":
+        return 403
+    of_alice = "{user_id}" in path or "{model:path}" in path
+    return 404 if who == "bob" and of_alice else None
+
+
+async def _as_listed(request: Request) -> Caller | None:
+    return CALLERS[request.headers["x-caller"]]
+
+
+@pytest.mark.parametrize("who", CALLERS)
+def test_every_route_lets_in_whom_it_should(tmp_path: Path, who: str) -> None:
+    kit = Kit(tmp_path)
+    with api(kit, _as_listed) as client:
+        upload(client, kit.adapter(), headers={"x-caller": "admin"})
+        for route in client.app.routes[2:]:  # type: ignore[attr-defined]  # the first two are open to all
+            for method in sorted(route.methods - {"HEAD"}):
+                url = route.path.replace(":path", "").format_map(PATH_WORDS)
+                response = client.request(method, url, headers={"x-caller": who})
+                refusal = refusal_of(who, method, route.path)
+                shown = (method, route.path, response.text)
+                assert response.status_code == (refusal or response.status_code), shown
+                assert refusal or response.status_code not in {401, 403, 500}, shown
+        if who in {"nobody", "bob", "elsewhere", "infer"}:
+            assert client.get("/v1/users/alice/adapter", headers={"x-caller": "admin"}).status_code == 200
+
+
+def test_another_tenant_sees_nothing_of_a_user(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    with api(kit, _as_listed) as client:
+        there = upload(client, kit.adapter(), headers={"x-caller": "admin"}).json()
+        for route in client.app.routes:  # type: ignore[attr-defined]
+            if "{user_id}" in route.path and "GET" in route.methods:
+                url = route.path.format_map(PATH_WORDS)
+                response = client.get(url, headers={"x-caller": "elsewhere"})
+                assert response.status_code == 404 or response.json()["data"] == [], url
+                assert there["digest"] not in response.text
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.2"])

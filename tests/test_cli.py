@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
@@ -15,6 +18,7 @@ import httpx2
 import pytest
 from typer.testing import CliRunner, Result
 
+from adapter_factory import adapter_files
 from cli_kit import run_main
 from router_kit import Kit, serving
 from tunefleet.auth import anyone
@@ -90,6 +94,88 @@ def test_users_status_and_warmup(server: Server) -> None:
     assert len(json.loads(invoke("warmup", "alice", "--json").stdout)["adapter_digest"]) == 64
 
 
+def test_an_adapter_is_rolled_back_canaried_pinned_downloaded_and_deleted(server: Server) -> None:
+    for seed in (1, 2, 3):
+        invoke("adapters", "push", "alice", server.kit.adapter(seed))
+    assert "version 2 is live" in invoke("adapters", "rollback", "alice").stdout
+    assert "version 1 is live" in invoke("adapters", "rollback", "alice", "--to", 1, "--if-live", 2).stdout
+    canary = invoke("adapters", "canary", "alice", 3, 2.5).stdout
+    assert canary == "alice default canary: version 3 answers 2.5 %\n"
+    pinned = invoke("adapters", "pin", "alice", "--tier", "disk").stdout
+    assert pinned == "alice default pin: disk\n"
+    shown = invoke("adapters", "show", "alice").stdout
+    assert re.search(r"^canary +version 3 answers 2.5 %$", shown, re.MULTILINE)
+    assert re.search(r"^pin +disk$", shown, re.MULTILINE)
+    assert invoke("adapters", "canary", "alice", "--end").stdout == "alice default canary: none\n"
+    assert invoke("adapters", "pin", "alice", "--off").stdout == "alice default pin: none\n"
+    assert json.loads(invoke("adapters", "pin", "alice", "--json").stdout)["pin"]["tier"] == "host"
+    for arguments, seed in (([], 1), ([2], 2)):
+        into = server.kit.folder / f"down-{seed}"
+        assert invoke("adapters", "download", "alice", *arguments, into).stdout == f"{into}\n"
+        assert adapter_files(into) == adapter_files(server.kit.adapter(seed))
+    receipt = invoke("adapters", "delete", "alice", 2, "--yes").stdout
+    assert re.search(r"^status +done$", receipt, re.MULTILINE)
+    assert re.search(r"^removed .*1 versions", receipt, re.MULTILINE)
+    assert json.loads(invoke("adapters", "delete", "alice", 3, "--json").stdout)["version"] == 3
+
+
+def test_a_canary_is_given_whole_or_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([], [1], [1, 5, "--end"], [1, "--end"]):
+        assert run_main(monkeypatch, "adapters", "canary", "alice", *arguments) == 2
+        assert "VERSION and PERCENT, or --end" in " ".join(capsys.readouterr().err.split())
+
+
+def test_users_are_shown_set_and_deleted(server: Server) -> None:
+    invoke("adapters", "push", "alice", server.kit.adapter())
+    changed = invoke("users", "set", "alice", "--fallback", "base", "--limits", '{"a": 1}').stdout
+    assert invoke("users", "show", "alice").stdout == changed
+    assert re.search(r"^fallback +base$", changed, re.MULTILINE)
+    reset = invoke("users", "set", "alice", "--fallback", "default", "--limits", "null", "--json").stdout
+    assert (json.loads(reset)["fallback"], json.loads(reset)["limits"]) == (None, {})
+    assert json.loads(invoke("users", "show", "alice", "--json").stdout) == json.loads(reset)
+    receipt = json.loads(invoke("users", "delete", "alice", "--json").stdout)
+    assert (receipt["status"], receipt["user_id"]) == ("done", None)
+    told = invoke("users", "deletion", receipt["deletion_id"]).stdout
+    assert re.search(r"^removed .*1 versions", told, re.MULTILINE)
+    with pytest.raises(TunefleetError, match="alice"):
+        invoke("users", "show", "alice")
+
+
+def test_a_push_says_what_it_sends_beside_its_output(server: Server) -> None:
+    folder = server.kit.adapter()
+    size = sum(map(len, adapter_files(folder).values()))
+    pushed = invoke("adapters", "push", "alice", folder)
+    assert pushed.stderr == f"uploading {folder.name}: {size:,} bytes\n"
+
+
+def on_a_terminal(server: Server, *arguments: object, keys: str = "") -> tuple[int, str]:
+    """Exit code and all that a command shows on a terminal."""
+    mine, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tunefleet.cli.main", *map(str, arguments)]
+    environ = {**os.environ, "TUNEFLEET_URL": server.url, "TERM": "xterm", "COLUMNS": "100"}
+    shown = b""
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environ) as process:
+        os.close(theirs)
+        os.write(mine, keys.encode())
+        with contextlib.suppress(OSError):  # how a terminal says that nobody holds its other end
+            while chunk := os.read(mine, 65536):
+                shown += chunk
+    os.close(mine)
+    return process.returncode, shown.decode()
+
+
+def test_on_a_terminal_a_push_has_a_bar_and_deleting_asks(server: Server) -> None:
+    status, shown = on_a_terminal(server, "adapters", "push", "alice", server.kit.adapter())
+    assert (status, "uploading adapter-0" in shown, "version 1 is live" in shown) == (0, True, True)
+    status, shown = on_a_terminal(server, "users", "delete", "alice", keys="n\n")
+    assert (status, "Delete alice and all their adapters for good?" in shown) == (1, True)
+    assert json.loads(invoke("users", "show", "alice", "--json").stdout)["num_adapters"] == 1
+    status, shown = on_a_terminal(server, "users", "delete", "alice", keys="y\n")
+    assert (status, "done" in shown) == (0, True)
+
+
 def test_an_error_is_one_line_and_exit_code_1(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,7 +242,8 @@ class Telling(FakeDispatcher):
         print("closed", flush=True)
 
 logging.basicConfig(level=logging.INFO)
-logging.getLogger("uvicorn").setLevel(logging.WARNING)
+for library in ("alembic", "uvicorn"):
+    logging.getLogger(library).setLevel(logging.WARNING)
 kit = Kit(Path({folder!r}))
 kit.dispatcher = Telling(kit.dispatcher.answer)
 with serve._bound("127.0.0.1", 0) as listener:

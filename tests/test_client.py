@@ -13,12 +13,14 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
-from router_kit import HELLO, Kit, run_async, serving
+from adapter_factory import adapter_files
+from router_kit import HELLO, Kit, run_async, serving, stored
 from tunefleet import AsyncClient, Client, Fleet
 from tunefleet.answers import Chunk
+from tunefleet.async_client import AsyncClientAdapters
 from tunefleet.auth import admin_key, anyone
-from tunefleet.calls import EventReader
-from tunefleet.client import AsyncClientAdapters, ClientAdapters
+from tunefleet.client import ClientAdapters
+from tunefleet.core import Canary, Pin
 from tunefleet.errors import (
     AdapterConflict,
     AdapterInvalid,
@@ -31,8 +33,9 @@ from tunefleet.errors import (
     StoreError,
     TunefleetError,
 )
-from tunefleet.fleet import FleetAdapters
+from tunefleet.fleet_adapters import FleetAdapters
 from tunefleet.http.app import create_app
+from tunefleet.replies import EventReader
 from tunefleet.runtime.fakes import FakeDispatcher
 
 
@@ -121,6 +124,105 @@ async def _use_async(server: Server) -> None:
 
 def test_the_async_client_does_all_that_the_library_does(server: Server) -> None:
     _use_async(server)
+
+
+def test_the_blocking_client_releases_pins_downloads_and_deletes(server: Server) -> None:
+    with Client(server.url) as client:
+        adapters = client.adapters
+        for seed in (1, 2, 3):
+            adapters.push("alice", server.kit.adapter(seed))
+        assert adapters.rollback("alice").version == 2
+        assert adapters.rollback("alice", 1, 2).version == 1
+        assert adapters.canary("alice", 3, 100).canary == Canary(3, 100)
+        assert client.chat("alice", HELLO, session_id="s1").version == 3
+        assert adapters.end_canary("alice").canary is None
+        assert adapters.pin("alice").pin == Pin("host")
+        assert adapters.show("alice").pin == Pin("host")
+        assert adapters.unpin("alice").pin is None
+        for version, seed in ((None, 1), (2, 2)):
+            adapters.download("alice", version, server.kit.folder / "down")
+            assert adapter_files(server.kit.folder / "down") == adapter_files(server.kit.adapter(seed))
+        receipt = adapters.delete("alice", 3)
+        assert (receipt.status, receipt.version, receipt.removed["versions"]) == ("done", 3, 1)
+        changed = client.update_user("alice", fallback="base", metadata={"plan": "é"})
+        assert (changed.fallback, changed.metadata) == ("base", {"plan": "é"})
+        assert client.update_user("alice", fallback=None) == client.user("alice")
+        receipt = client.delete_user("alice")
+        assert (receipt.status, client.deletion(receipt.deletion_id)) == ("done", receipt)
+        with pytest.raises(AdapterNotFound):
+            client.user("alice")
+
+
+@run_async
+async def _release_async(server: Server) -> None:
+    async with AsyncClient(server.url) as client:
+        adapters = client.adapters
+        for seed in (1, 2):
+            await adapters.push("alice", server.kit.adapter(seed))
+        assert (await adapters.rollback("alice")).version == 1
+        assert (await adapters.canary("alice", 2, 5.5)).canary == Canary(2, 5.5)
+        assert (await adapters.end_canary("alice")).canary is None
+        assert (await adapters.pin("alice", "disk")).pin == Pin("disk")
+        assert (await adapters.show("alice")).pin == Pin("disk")
+        assert (await adapters.unpin("alice")).pin is None
+        await adapters.download("alice", None, server.kit.folder / "down")
+        assert adapter_files(server.kit.folder / "down") == adapter_files(server.kit.adapter(1))
+        assert (await adapters.delete("alice", 2)).version == 2
+        assert (await client.update_user("alice", limits={"a": 1})) == await client.user("alice")
+        receipt = await client.delete_user("alice")
+        assert await client.deletion(receipt.deletion_id) == receipt
+
+
+def test_the_async_client_releases_pins_downloads_and_deletes(server: Server) -> None:
+    _release_async(server)
+
+
+def test_a_push_tells_how_far_it_is(server: Server) -> None:
+    folder = server.kit.adapter()
+    size = sum(map(len, adapter_files(folder).values()))
+    told: list[tuple[int, int]] = []
+
+    @run_async
+    async def push() -> None:
+        async with AsyncClient(server.url) as client:
+            await client.adapters.push("alice", folder, progress=lambda *num: told.append(num))
+
+    with Client(server.url) as client:
+        client.adapters.push("alice", folder, progress=lambda *num: told.append(num))
+        assert told == sorted(told)
+        assert told[-1] == (size, size)
+        told.clear()
+        push()
+        assert told[-1] == (size, size)
+        with tarfile.open(server.kit.folder / "a.tar", "w") as archive:
+            archive.add(folder, ".")
+        told.clear()
+        client.adapters.push("alice", archive.name, progress=lambda *num: told.append(num))
+        assert {num_total for _, num_total in told} == {Path(str(archive.name)).stat().st_size}
+        assert told[-1][0] == told[-1][1]
+
+
+def test_a_push_with_a_key_is_answered_once(server: Server) -> None:
+    with Client(server.url) as client:
+        first = client.adapters.push("alice", server.kit.adapter(1), idempotency_key="k")
+        client.adapters.push("alice", server.kit.adapter(2))
+        assert client.adapters.push("alice", server.kit.adapter(1), idempotency_key="k") == first
+        with pytest.raises(AdapterConflict, match="Idempotency-Key"):
+            client.adapters.push("alice", server.kit.adapter(3), idempotency_key="k")
+
+
+def test_a_download_that_is_refused_or_changed_leaves_nothing(server: Server) -> None:
+    into = server.kit.folder / "down"
+    with Client(server.url) as client:
+        client.adapters.push("alice", server.kit.adapter())
+        with pytest.raises(AdapterNotFound):
+            client.adapters.download("alice", 9, into)
+        for path in stored(server.kit):
+            path.chmod(0o600)
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
+        with pytest.raises((StoreError, ReplicaError)):
+            client.adapters.download("alice", 1, into)
+    assert list(into.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -269,7 +371,8 @@ def test_a_late_failure_is_an_error() -> None:
     ],
 )
 def test_library_and_clients_share_one_surface(ours: type, theirs: type) -> None:
-    shared = {"chat", "stream", "complete", "users", "status", "warmup"}
+    shared = {"chat", "stream", "complete", "status", "warmup"}
+    shared |= {"users", "user", "update_user", "delete_user", "deletion"}
     names = shared if ours is Fleet else {name for name in vars(ours) if not name.startswith("_")}
     for name in names:
         mine = inspect.signature(getattr(ours, name)).parameters.keys() - {"tenant"}

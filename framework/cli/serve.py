@@ -41,7 +41,8 @@ def with_option_flags(command: Callable[[Mapping[str, object]], None]) -> Callab
 def serve(flags: Mapping[str, object]) -> None:
     """Serve the HTTP API. Every option can also be set as TUNEFLEET_<OPTION>."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    for library in ("alembic", "uvicorn"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     options = config.resolve(flags=flags)
     key = config.setting("admin_key")
     check_exposure(options.host, key)
