@@ -17,6 +17,7 @@ import psycopg
 from tunefleet.adapters_store.catalog import Catalog
 
 MISSING = "needs the programs of Postgres: apt-get install postgresql"
+MEMORY_BYTES = 2 * 1024**3
 _SETTINGS = {"fsync": "off", "shared_buffers": "16MB", "max_connections": "80", "autovacuum": "off"}
 
 
@@ -69,14 +70,14 @@ class PostgresServer:
             url = self.empty()
             Catalog(url).close()
             self._template = url.rpartition("/")[2]
-        return self._create(f"TEMPLATE {self._template}")
+        return self._create(f"TEMPLATE {self._template} STRATEGY FILE_COPY")
+
+    def drop(self, url: str) -> None:
+        self.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
 
     def copy_of(self, url: str) -> str:
         """The URL of a copy of a database that nobody is connected to."""
         return self._create(f"TEMPLATE {url.rpartition('/')[2]}")
-
-    def drop(self, url: str) -> None:
-        self.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
 
     def execute(self, statement: str) -> None:
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
@@ -110,14 +111,21 @@ def programs() -> Path | None:
 
 @contextmanager
 def running(binaries: Path) -> Iterator[PostgresServer]:
-    with tempfile.TemporaryDirectory(prefix="tunefleet-postgres-") as name:
+    with tempfile.TemporaryDirectory(prefix="tunefleet-postgres-", dir=_fast_folder()) as name:
         server = PostgresServer(binaries, Path(name))
         server.prepare()
         server.start()
         try:
             yield server
         finally:
-            server.stop()
+            server.stop("fast")  # a crash would leave shared memory
+
+
+def _fast_folder() -> Path | None:
+    """In memory where there is room: copying a database takes a tenth of the time."""
+    memory = Path("/dev/shm")
+    has_room = memory.is_dir() and shutil.disk_usage(memory).free > MEMORY_BYTES
+    return memory if has_room and os.access(memory, os.W_OK) else None
 
 
 def _free_port() -> int:
