@@ -14,9 +14,11 @@ from starlette.requests import Request
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
+from adapter_factory import adapter_files
 from router_kit import HELLO, Kit, ask, run_async
 from tunefleet import Fleet
 from tunefleet.auth import Caller
+from tunefleet.core import Canary, Pin
 from tunefleet.errors import AdapterInvalid, AdapterNotFound, ConfigError, InvalidState, RequestInvalid
 
 
@@ -52,6 +54,46 @@ async def test_versions_are_listed_promoted_and_asked_for(tmp_path: Path) -> Non
         assert (await fleet.chat("alice", HELLO)).version == 3
         assert (await fleet.chat("alice", HELLO, version=2)).version == 2
         assert [user.user_id for user in await fleet.users()] == ["alice"]
+
+
+@run_async
+async def test_a_script_releases_pins_downloads_and_deletes(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    async with kit.fleet() as fleet:
+        adapters = fleet.adapters
+        told: list[tuple[int, int]] = []
+        for seed in (1, 2, 3):
+            pushed = await adapters.push("alice", kit.adapter(seed), progress=lambda *num: told.append(num))
+        assert told[-1] == (pushed.size_bytes, pushed.size_bytes)
+        assert (await adapters.rollback("alice")).version == 2
+        assert (await adapters.rollback("alice", 1, 2)).version == 1
+        assert (await adapters.canary("alice", 3, 100)).canary == Canary(3, 100)
+        assert (await fleet.chat("alice", HELLO, session_id="s1")).version == 3
+        assert (await fleet.complete("alice", "hello", session_id="s1")).version == 3
+        assert (await adapters.end_canary("alice")).canary is None
+        assert (await adapters.pin("alice")).pin == Pin("host")
+        assert (await adapters.show("alice")).pin == Pin("host")
+        assert (await adapters.unpin("alice")).pin is None
+        await adapters.download("alice", None, tmp_path / "down")
+        assert adapter_files(tmp_path / "down") == adapter_files(kit.adapter(1))
+        assert (await adapters.delete("alice", 2)).removed["versions"] == 1
+        assert (await fleet.update_user("alice", limits={"a": 1})) == await fleet.user("alice")
+        receipt = await fleet.delete_user("alice")
+        assert (receipt.status, await fleet.deletion(receipt.deletion_id)) == ("done", receipt)
+        with pytest.raises(AdapterNotFound):
+            await fleet.user("alice")
+
+
+@pytest.mark.parametrize("session", ["", "a b", "é", "x" * 129, "a\n"])
+def test_a_session_that_no_header_could_hold_is_refused(tmp_path: Path, session: str) -> None:
+    @run_async
+    async def run() -> None:
+        async with Kit(tmp_path).fleet() as fleet:
+            with pytest.raises(RequestInvalid, match="session") as caught:
+                await fleet.chat("alice", HELLO, session_id=session)
+            assert caught.value.code == "invalid_session_id"
+
+    run()
 
 
 @run_async
