@@ -148,13 +148,16 @@ class Watch:
             self._swept = False  # deletions may be done that did not wait for us
         self._beaten_at = began
 
-    async def tell(self) -> None:
-        """Ends streams and forgets copies of what was deleted, and says so in the receipts."""
+    async def tell(self, *, leaving: bool = False) -> None:
+        """Ends streams and forgets copies of what was deleted, and says so in the receipts.
+
+        A request from before a deletion may fetch a copy as long as there are objects, so these go first;
+        a router that is leaving has no such requests.
+        """
         router_id = self._watched.router_id
         for record in await self._ask(lambda: self._catalog.unacked(router_id, NUM_RECORDS)):
             copies = await self._forgotten(record)
-            # A request from before the deletion may have fetched a copy meanwhile, as long as there are objects.
-            if copies is not None and not record.unnoted:
+            if copies is not None and (leaving or not record.unnoted):
                 await self._ack(record, copies)
         if not self._swept:
             await self._sweep()
@@ -191,7 +194,7 @@ class Watch:
     async def _leave(self) -> None:
         """Says what it still can. What fails here, the next start or the end of the lease makes good."""
         with contextlib.suppress(TunefleetError, OSError):
-            await self.tell()
+            await self.tell(leaving=True)
         with contextlib.suppress(TunefleetError):
             await self._ask(lambda: self._catalog.leave(self._watched.router_id))
 

@@ -41,6 +41,8 @@ _STATUS_OF_CLASS: dict[type[TunefleetError], int] = {
     TunefleetError: 500,
 }
 _STATUS_OF_CODE = {
+    "adapter_deleted": 410,
+    "adapter_invalid": 422,
     "adapter_too_large": 413,
     "body_too_large": 413,
     "body_too_slow": 408,
