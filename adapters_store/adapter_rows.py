@@ -61,8 +61,8 @@ def whole(connection: Connection, adapter: AdapterName, *, now: str) -> AdapterR
     if row is None:
         raise adapter_names.not_found(adapter, find(connection, adapter))
     canary = Canary(row.canary_version, row.canary_percent) if row.canary_version is not None else None
-    is_pinned = row.pin_tier is not None and (row.pin_until is None or row.pin_until > now)
-    pin = Pin(row.pin_tier, row.pin_until) if is_pinned else None
+    tier, until = row.pin_tier, row.pin_until
+    pin = Pin(tier, until) if tier is not None and (until is None or until > now) else None
     return AdapterRecord(record(row, row.live_version), canary, pin)
 
 

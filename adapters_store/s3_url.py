@@ -117,11 +117,11 @@ def _endpoint(parameters: Mapping[str, str], name: str, default: str) -> str:
     endpoint = parameters.get(name, default).rstrip("/")
     try:
         parts = urlsplit(endpoint)
-        bare = parts.hostname and f"{parts.scheme}://{parts.netloc}" == endpoint and parts.port != 0
+        is_bare = f"{parts.scheme}://{parts.netloc}" == endpoint and "@" not in endpoint
+        if is_bare and parts.hostname and parts.port != 0 and parts.scheme in {"http", "https"}:
+            return endpoint
     except ValueError:  # no port's number
-        bare = False
-    if bare and parts.scheme in {"http", "https"} and "@" not in endpoint:
-        return endpoint
+        pass
     raise _wrong(f"must give {name} as http://host:port or https://host:port, and nothing after it")
 
 
