@@ -62,7 +62,7 @@ def check(server: Server, method: str, url: str, json: object = None) -> None:
 @hazards.examples(60)
 def test_no_text_as_an_id_reaches_another_user(server: Server, num_examples: int) -> None:
     def look(text: str, suffix: str) -> None:
-        if text != "alice":
+        if text not in {"alice", ".", ".."}:  # clients resolve dots before they send a path
             check(server, "GET", f"/v1/users/{encoded(text)}{suffix}")
 
     hazards.generate("E", num_examples, lambda one: look(*one), st.tuples(TEXTS, st.sampled_from(SUFFIXES)))
