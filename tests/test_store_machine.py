@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 
 from adapter_factory import adapter_files, make_adapter
+from crashes.states import table
 from store_kit import MANIFEST, Clock
 from store_model import Answer, ModelAdapter, ModelUpload, Refused, Sent, Whose
 from tiers_kit import prepared
@@ -50,6 +51,7 @@ OTHERS = [Whose("default", "bob"), Whose("acme", "alice"), Whose("acme", "bob")]
 whose = st.sampled_from([ALICE] * 5 + OTHERS)  # a long history needs somebody to whom much happens
 numbers = st.integers(0, NUM_BYTES - 1)
 promotes = st.booleans()
+staged_files = st.sampled_from([ADAPTER_FILES, ADAPTER_FILES, ADAPTER_FILES[:1], ()])
 
 
 class RefusingStore(MemoryStore):
@@ -143,11 +145,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.watch = self.store.watcher(self.machine)
 
     def teardown(self) -> None:
-        for store in (*self.dropped, self.store):
-            self.runner.run(store.close())
-        self.runner.run(self.tiers.close())
-        self.runner.close()
-        shutil.rmtree(self.folder)
+        try:
+            self.run(self._download())
+        finally:
+            for store in (*self.dropped, self.store):
+                self.runner.run(store.close())
+            self.runner.run(self.tiers.close())
+            self.runner.close()
+            shutil.rmtree(self.folder)
 
     def version(self, data: st.DataObject, owner: Whose) -> int:
         """One that is there, most often."""
@@ -190,6 +195,12 @@ class StoreMachine(RuleBasedStateMachine):
         if adapter.last:
             self.adapters[owner] = adapter
 
+    @initialize(pushed=st.lists(numbers, min_size=3, max_size=6))
+    def begin_with_a_history(self, pushed: list[int]) -> None:
+        """Lives are short, and what is worth a rollback takes a while."""
+        for number in pushed:
+            self.push(ALICE, number, promote=True)
+
     @rule(owner=whose, number=numbers, promote=promotes)
     def push(self, owner: Whose, number: int, promote: bool) -> None:
         with self.made(owner) as adapter:
@@ -222,13 +233,14 @@ class StoreMachine(RuleBasedStateMachine):
         finally:
             self.objects.refuses = False
 
-    @rule(owner=whose, promote=promotes)
-    def begin(self, owner: Whose, promote: bool) -> None:
+    @rule(owner=whose, promote=promotes, number=numbers, files=staged_files)
+    def begin(self, owner: Whose, promote: bool, number: int, files: Sequence[str]) -> None:
         ticket = self.run(
             self.store.begin_upload(owner.user_id, tenant=owner.tenant, promote=promote, ttl_s=TTL_S)
         )
         expires_at = self.clock.at + timedelta(seconds=TTL_S)
         self.uploads[ticket.upload_id] = ModelUpload(owner, promote, expires_at)
+        self._put(ticket.upload_id, number, files)
 
     def upload(self, data: st.DataObject) -> tuple[str, ModelUpload]:
         upload_id = data.draw(st.sampled_from(list(self.uploads)))
@@ -238,9 +250,13 @@ class StoreMachine(RuleBasedStateMachine):
         return upload_id in self.uploads and self.uploads[upload_id].expires_at > self.clock.at
 
     @precondition(lambda self: self.uploads)
-    @rule(data=st.data(), number=numbers, files=st.sampled_from([ADAPTER_FILES, ADAPTER_FILES[:1]]))
+    @rule(data=st.data(), number=numbers, files=staged_files)
     def put(self, data: st.DataObject, number: int, files: Sequence[str]) -> None:
-        upload_id, upload = self.upload(data)
+        upload_id, _ = self.upload(data)
+        self._put(upload_id, number, files)
+
+    def _put(self, upload_id: str, number: int, files: Sequence[str]) -> None:
+        upload = self.uploads[upload_id]
 
         def stage() -> None:
             if not self.is_running(upload_id):
@@ -285,10 +301,11 @@ class StoreMachine(RuleBasedStateMachine):
         call = self.store.promote(owner.user_id, version, tenant=owner.tenant)
         self.same(call, lambda: self.model(owner).promote(version))
 
-    @rule(owner=whose)
-    def rollback(self, owner: Whose) -> None:
-        call = self.store.rollback(owner.user_id, tenant=owner.tenant)
-        self.same(call, lambda: self.model(owner).rollback(None))
+    @rule(owner=whose, times=st.integers(1, 3))
+    def rollback(self, owner: Whose, times: int) -> None:
+        for _ in range(times):
+            call = self.store.rollback(owner.user_id, tenant=owner.tenant)
+            self.same(call, lambda: self.model(owner).rollback(None))
 
     @rule(owner=whose, data=st.data())
     def rollback_to(self, owner: Whose, data: st.DataObject) -> None:
@@ -332,8 +349,11 @@ class StoreMachine(RuleBasedStateMachine):
         call = self.store.delete_version(owner.user_id, version, tenant=owner.tenant)
         self.delete(call, lambda: self.model(owner).delete(version))
 
-    @rule(owner=whose)
-    def delete_user(self, owner: Whose) -> None:
+    @rule(owner=whose, is_sure=st.sampled_from([False, False, True]))
+    def delete_user(self, owner: Whose, is_sure: bool) -> None:
+        if not is_sure:  # or nobody would live long
+            return
+
         def deleted() -> None:
             begun = [each for each in self.uploads.values() if each.whose == owner and not each.is_collected]
             if owner not in self.adapters and not begun:
@@ -407,6 +427,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.dropped.append(self.store)
         self.held.clear()
         self.open()
+        self.run(self._download())
         self.run(self.watch.tell())  # which drops what the catalog doesn't know
         known = {
             source(number).digest for each in self.adapters.values() for number in each.versions.values()
@@ -437,10 +458,13 @@ class StoreMachine(RuleBasedStateMachine):
             for version, number in sorted(adapter.versions.items(), reverse=True)
         ]
         assert expected == listed
-        for version, number in adapter.versions.items():
-            for file in ADAPTER_FILES:
-                stored = await self.store.open_file(owner.user_id, version, file, tenant=owner.tenant)
-                assert source(number).files[file] == b"".join([chunk async for chunk in stored])
+
+    async def _download(self) -> None:
+        for owner, adapter in self.adapters.items():
+            for version, number in adapter.versions.items():
+                for file in ADAPTER_FILES:
+                    stored = await self.store.open_file(owner.user_id, version, file, tenant=owner.tenant)
+                    assert source(number).files[file] == b"".join([chunk async for chunk in stored])
 
     async def _compare_answers(self, owner: Whose, adapter: ModelAdapter) -> None:
         assert adapter.live is not None
@@ -464,6 +488,23 @@ class StoreMachine(RuleBasedStateMachine):
         return version == (number if percent == 100 else adapter.live)
 
     @invariant()
+    def history_and_objects_are_what_rollbacks_and_downloads_need(self) -> None:
+        """Looked up where they are: asking for each would change the one and takes long for the others."""
+        catalog = self.store._catalog
+        names = {}
+        for row in table(catalog, "adapters"):
+            names[row["adapter_id"]] = Whose(row["tenant"], row["user_id"])
+        entries = [(names[row["adapter_id"]], row) for row in table(catalog, "live_history")]
+        for owner, adapter in self.adapters.items():
+            own = [row for whose, row in entries if whose == owner]
+            assert adapter.stack == [row["version"] for row in own if row["undone_at"] is None]
+            assert adapter.ever == {row["version"] for row in own}
+        for row in table(catalog, "versions"):
+            number = self.adapters[names[row["adapter_id"]]].versions[row["version"]]
+            for file, content in source(number).files.items():
+                assert content == self.objects.open(f"{row['object_key']}/{file}").stream.read()
+
+    @invariant()
     def the_machine_has_what_its_books_say_and_what_is_held(self) -> None:
         self.tiers.check()
         assert set(self.held) <= set(self.tiers.disk_bytes())
@@ -485,4 +526,3 @@ def test_whatever_happens_in_whatever_order_the_store_says_what_the_model_says(n
             suppress_health_check=list(HealthCheck),
         ),
     )
-    gc.collect()
