@@ -9,8 +9,8 @@ import typer
 
 from tunefleet.cli import releases
 from tunefleet.cli.arguments import AsJson, Name, User, VersionNumber, Yes, confirm, json_object
-from tunefleet.cli.output import print_adapter, print_json, print_receipt, print_table, print_warnings
-from tunefleet.core import DEFAULT_ADAPTER
+from tunefleet.cli.output import print_adapter, print_receipt, print_table, print_warnings, tell
+from tunefleet.core import DEFAULT_ADAPTER, Version
 from tunefleet.errors import RequestInvalid
 
 app = typer.Typer(no_args_is_help=True, help="Upload, look at, release and delete users' adapters.")
@@ -48,11 +48,7 @@ def push(
             progress=progress,
             idempotency_key=idempotency_key,
         )
-    if as_json:
-        print_json(version)
-        return
-    print(f"{user} {name} version {version.version}{' is live' if version.live else ''}: {version.digest}")
-    print_warnings(version.warnings)
+    tell(version, _print_pushed, as_json=as_json)
 
 
 @app.command("list")
@@ -62,14 +58,7 @@ def list_versions(user: User, name: Name = DEFAULT_ADAPTER, *, as_json: AsJson =
 
     with Client() as client:
         versions = client.adapters.list(user, name=name)
-    if as_json:
-        print_json(versions)
-        return
-    rows = [
-        (found.version, "live" if found.live else "-", found.digest[:12], found.rank, found.created_at)
-        for found in versions
-    ]
-    print_table(("version", "live", "digest", "rank", "created"), rows)
+    tell(versions, _print_versions, as_json=as_json)
 
 
 @app.command()
@@ -79,10 +68,7 @@ def show(user: User, name: Name = DEFAULT_ADAPTER, *, as_json: AsJson = False) -
 
     with Client() as client:
         adapter = client.adapters.show(user, name=name)
-    if as_json:
-        print_json(adapter)
-    else:
-        print_adapter(adapter)
+    tell(adapter, print_adapter, as_json=as_json)
 
 
 @app.command()
@@ -117,10 +103,7 @@ def delete(
     confirm(f"Delete version {version} of {user} {name} for good?", yes=yes)
     with Client() as client:
         receipt = client.adapters.delete(user, version, name=name)
-    if as_json:
-        print_json(receipt)
-    else:
-        print_receipt(receipt)
+    tell(receipt, print_receipt, as_json=as_json)
 
 
 @app.command()
@@ -135,6 +118,20 @@ def check(
     from tunefleet.cli.check import print_check
 
     print_check(folder, base_model, max_rank, as_json=as_json)
+
+
+def _print_pushed(version: Version) -> None:
+    live = " is live" if version.live else ""
+    print(f"{version.user_id} {version.name} version {version.version}{live}: {version.digest}")
+    print_warnings(version.warnings)
+
+
+def _print_versions(versions: list[Version]) -> None:
+    rows = [
+        (found.version, "live" if found.live else "-", found.digest[:12], found.rank, found.created_at)
+        for found in versions
+    ]
+    print_table(("version", "live", "digest", "rank", "created"), rows)
 
 
 def _version(text: str) -> int:

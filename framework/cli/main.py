@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from tunefleet.answers import FleetStatus, Warm
 from tunefleet.cli import adapters, base, users
 from tunefleet.cli.arguments import AsJson, Name
-from tunefleet.cli.output import note, print_json, print_pairs, print_table
+from tunefleet.cli.output import note, print_pairs, print_table, tell
 from tunefleet.cli.serve import serve, with_option_flags
 from tunefleet.core import DEFAULT_ADAPTER
 from tunefleet.errors import TunefleetError
@@ -82,9 +83,33 @@ def status(*, as_json: AsJson = False) -> None:
 
     with Client() as client:
         found = client.status()
-    if as_json:
-        print_json(found)
-        return
+    tell(found, _print_status, as_json=as_json)
+
+
+@app.command()
+def warmup(
+    user: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose adapter to load.")] = None,
+    name: Name = DEFAULT_ADAPTER,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Wait until a replica is ready, and the user's adapter on its device."""
+    from tunefleet.client import Client
+
+    with Client() as client:
+        warm = client.warmup(user, name=name)
+    tell(warm, _print_warm, as_json=as_json)
+
+
+@app.command()
+def demo() -> None:
+    """Show the main job, from upload to scale to zero, with a real model. Takes about a minute."""
+    from tunefleet.cli.demo import run_demo
+
+    run_demo()
+
+
+def _print_status(found: FleetStatus) -> None:
     print_pairs(
         [
             ("base", found.base_id),
@@ -103,30 +128,8 @@ def status(*, as_json: AsJson = False) -> None:
         print_table(("replica", "state", "device", "running", "adapters"), rows)
 
 
-@app.command()
-def warmup(
-    user: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose adapter to load.")] = None,
-    name: Name = DEFAULT_ADAPTER,
-    *,
-    as_json: AsJson = False,
-) -> None:
-    """Wait until a replica is ready, and the user's adapter on its device."""
-    from tunefleet.client import Client
-
-    with Client() as client:
-        warm = client.warmup(user, name=name)
-    if as_json:
-        print_json(warm)
-    else:
-        print(f"ready after {warm.seconds:.2f} s: {warm.adapter_digest}")
-
-
-@app.command()
-def demo() -> None:
-    """Show the main job, from upload to scale to zero, with a real model. Takes about a minute."""
-    from tunefleet.cli.demo import run_demo
-
-    run_demo()
+def _print_warm(warm: Warm) -> None:
+    print(f"ready after {warm.seconds:.2f} s: {warm.adapter_digest}")
 
 
 if __name__ == "__main__":

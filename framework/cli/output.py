@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 
 from tunefleet.core import Adapter, Canary, Pin, Receipt, User
 
+T = TypeVar("T")
+
 
 def print_json(value: object) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def tell(value: T, show: Callable[[T], None], *, as_json: bool) -> None:
+    """As JSON where that was asked for, else as ``show`` prints it."""
+    if as_json:
+        print_json(value)
+    else:
+        show(value)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 from tunefleet.cli.arguments import AsJson, Name, User, VersionNumber
-from tunefleet.cli.output import print_json, told_canary, told_pin
-from tunefleet.core import DEFAULT_ADAPTER, Version
+from tunefleet.cli.output import tell, told_canary, told_pin
+from tunefleet.core import DEFAULT_ADAPTER, Adapter, Version
 
 IfLive = Annotated[int | None, typer.Option(min=1, help="Only if this version is live now.")]
 
@@ -26,7 +26,7 @@ def promote(
 
     with Client() as client:
         promoted = client.adapters.promote(user, version, name=name, if_live=if_live)
-    _print_live(promoted, as_json=as_json)
+    tell(promoted, _print_live, as_json=as_json)
 
 
 def rollback(
@@ -42,7 +42,7 @@ def rollback(
 
     with Client() as client:
         live = client.adapters.rollback(user, to, if_live, name=name)
-    _print_live(live, as_json=as_json)
+    tell(live, _print_live, as_json=as_json)
 
 
 def canary(
@@ -64,10 +64,7 @@ def canary(
             adapter = client.adapters.end_canary(user, name=name)
         else:
             adapter = client.adapters.canary(user, version, percent, name=name)
-    if as_json:
-        print_json(adapter)
-    else:
-        print(f"{_whose(adapter)} canary: {told_canary(adapter.canary)}")
+    tell(adapter, _print_canary, as_json=as_json)
 
 
 def pin(
@@ -87,17 +84,19 @@ def pin(
             adapter = client.adapters.unpin(user, name=name)
         else:
             adapter = client.adapters.pin(user, tier, until, name=name)
-    if as_json:
-        print_json(adapter)
-    else:
-        print(f"{_whose(adapter)} pin: {told_pin(adapter.pin)}")
+    tell(adapter, _print_pin, as_json=as_json)
 
 
-def _print_live(version: Version, *, as_json: bool) -> None:
-    if as_json:
-        print_json(version)
-    else:
-        print(f"{_whose(version)} version {version.version} is live: {version.digest}")
+def _print_live(version: Version) -> None:
+    print(f"{_whose(version)} version {version.version} is live: {version.digest}")
+
+
+def _print_canary(adapter: Adapter) -> None:
+    print(f"{_whose(adapter)} canary: {told_canary(adapter.canary)}")
+
+
+def _print_pin(adapter: Adapter) -> None:
+    print(f"{_whose(adapter)} pin: {told_pin(adapter.pin)}")
 
 
 def _whose(version: Version) -> str:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tunefleet import core
 from tunefleet.cli.arguments import AsJson, User, Yes, confirm, json_object
-from tunefleet.cli.output import print_json, print_receipt, print_table, print_user
+from tunefleet.cli.output import print_receipt, print_table, print_user, tell
 
 if TYPE_CHECKING:
     from msgspec import UnsetType
@@ -27,11 +28,7 @@ def list_users(
 
     with Client() as client:
         users = client.users(after=after, limit=limit)
-    if as_json:
-        print_json(users)
-    else:
-        rows = [(user.user_id, user.num_adapters, user.created_at) for user in users]
-        print_table(("user", "adapters", "created"), rows)
+    tell(users, _print_users, as_json=as_json)
 
 
 @app.command()
@@ -41,10 +38,7 @@ def show(user: User, *, as_json: AsJson = False) -> None:
 
     with Client() as client:
         found = client.user(user)
-    if as_json:
-        print_json(found)
-    else:
-        print_user(found)
+    tell(found, print_user, as_json=as_json)
 
 
 @app.command("set")
@@ -72,10 +66,7 @@ def set_user(
             limits=_object(limits, "--limits"),
             metadata=_object(metadata, "--metadata"),
         )
-    if as_json:
-        print_json(changed)
-    else:
-        print_user(changed)
+    tell(changed, print_user, as_json=as_json)
 
 
 @app.command()
@@ -86,10 +77,7 @@ def delete(user: User, *, yes: Yes = False, as_json: AsJson = False) -> None:
     confirm(f"Delete {user} and all their adapters for good?", yes=yes)
     with Client() as client:
         receipt = client.delete_user(user)
-    if as_json:
-        print_json(receipt)
-    else:
-        print_receipt(receipt)
+    tell(receipt, print_receipt, as_json=as_json)
 
 
 @app.command()
@@ -103,10 +91,12 @@ def deletion(
 
     with Client() as client:
         receipt = client.deletion(deletion_id)
-    if as_json:
-        print_json(receipt)
-    else:
-        print_receipt(receipt)
+    tell(receipt, print_receipt, as_json=as_json)
+
+
+def _print_users(users: list[core.User]) -> None:
+    rows = [(user.user_id, user.num_adapters, user.created_at) for user in users]
+    print_table(("user", "adapters", "created"), rows)
 
 
 def _object(text: str | None, option: str) -> dict[str, object] | UnsetType | None:
