@@ -172,7 +172,7 @@ class AsyncClientAdapters:
 
     async def live(self, user_id: str, *, name: str = DEFAULT_ADAPTER) -> Version:
         """The version that answers."""
-        return await self._client.send(calls.live(user_id, name=name))
+        return await self.show(user_id, name=name)
 
     async def promote(
         self, user_id: str, version: int, *, name: str = DEFAULT_ADAPTER, if_live: int | None = None

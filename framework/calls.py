@@ -89,10 +89,6 @@ def show(user_id: str, *, name: str = DEFAULT_ADAPTER) -> Call[Adapter]:
     return Call(method="GET", path=_adapter(user_id, name), parse=decoder(Adapter))
 
 
-def live(user_id: str, *, name: str = DEFAULT_ADAPTER) -> Call[Version]:
-    return Call(method="GET", path=_adapter(user_id, name), parse=decoder(Version))
-
-
 def download(user_id: str, version: int, file: str, *, name: str = DEFAULT_ADAPTER) -> Call[bytes]:
     """One of the two files, with the hex of its sha256 as ETag."""
     path = f"{_version(user_id, name, version)}/files/{file}"

@@ -173,7 +173,7 @@ class ClientAdapters:
 
     def live(self, user_id: str, *, name: str = DEFAULT_ADAPTER) -> Version:
         """The version that answers."""
-        return self._client.send(calls.live(user_id, name=name))
+        return self.show(user_id, name=name)
 
     def promote(
         self, user_id: str, version: int, *, name: str = DEFAULT_ADAPTER, if_live: int | None = None

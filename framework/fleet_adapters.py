@@ -73,8 +73,7 @@ class FleetAdapters:
 
     async def live(self, user_id: str, *, name: str = DEFAULT_ADAPTER) -> Version:
         """The version that answers."""
-        resolved = await self._fleet.store.resolve(user_id, name=name)
-        return await self._fleet.store.version(user_id, resolved.version, name=name)
+        return await self.show(user_id, name=name)
 
     async def promote(
         self, user_id: str, version: int, *, name: str = DEFAULT_ADAPTER, if_live: int | None = None

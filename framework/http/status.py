@@ -50,9 +50,8 @@ async def show_model(fleet: Fleet, caller: Caller, request: Request) -> Response
     if chosen.user_id is None:
         return JSON(_base_model(fleet))
     user_id = caller.reach(chosen.user_id)
-    live = await fleet.store.resolve(user_id, name=chosen.name, tenant=caller.tenant)
-    version = await fleet.store.version(user_id, live.version, name=chosen.name, tenant=caller.tenant)
-    return JSON(_user_model(fleet, user_id, version.created_at, chosen.name))
+    live = await fleet.store.adapter(user_id, name=chosen.name, tenant=caller.tenant)
+    return JSON(_user_model(fleet, user_id, live.created_at, chosen.name))
 
 
 async def status(fleet: Fleet, caller: Caller, request: Request) -> Response:
