@@ -191,7 +191,7 @@ class Tiers:
                     fetched = flight.landed.result()
                     if self._is_in(digest, tier):
                         return fetched
-            copies = self._host if tier == "host" else self._disk
+            copies = self._copies(tier)
             copies.touch(digest)
             return Fetched(copies.path(digest), 0.0, 0.0)
         finally:
@@ -206,7 +206,10 @@ class Tiers:
                 raise
 
     def _is_in(self, digest: str, tier: PinTier) -> bool:
-        return (self._host if tier == "host" else self._disk).is_there(digest)
+        return self._copies(tier).is_there(digest)
+
+    def _copies(self, tier: PinTier) -> Copies:
+        return self._host if tier == "host" else self._disk
 
     def _launch(self, ref: AdapterRef, tier: PinTier) -> Flight:
         """Starts the one flight of a digest; it goes on if those who wait are cancelled."""
@@ -242,8 +245,7 @@ class Tiers:
                 download_s += await self._to_disk(flight)
             try:
                 load_s = await self._to_host(flight)
-                copies = self._host if flight.tier == "host" else self._disk
-                return Fetched(copies.path(digest), download_s, load_s)
+                return Fetched(self._copies(flight.tier).path(digest), download_s, load_s)
             except CopyCorrupt as error:
                 flight.check()
                 if is_fresh:
