@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from catalog_kit import Clock
     from postgres_server import PostgresServer
     from s3_servers import S3Server
+    from tunefleet.adapters_store.catalog import Catalog
 
 # Tiny tensors on many threads cost more in waking threads than in work; before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -25,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
     from hazards import Withstood
 
     config.pluginmanager.register(Withstood(), "hazards")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Tests that are coroutines run on asyncio, which is all that we run on."""
+    return "asyncio"
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +101,21 @@ def empty_database_url(database_url: str, request: pytest.FixtureRequest) -> str
         return database_url
     server: PostgresServer = request.getfixturevalue("postgres")
     return server.empty()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The time of ``catalog``."""
+    from catalog_kit import Clock
+
+    return Clock()
+
+
+@pytest.fixture
+def catalog(database_url: str, clock: Clock) -> Iterator[Catalog]:
+    """An open catalog, on each database that we support. Modules fill theirs by a fixture of that name."""
+    from tunefleet.adapters_store.catalog import Catalog
+
+    opened = Catalog(database_url, now=clock)
+    yield opened
+    opened.close()

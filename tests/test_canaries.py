@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from catalog_kit import ALICE, Clock, push, upload
+from catalog_kit import ALICE, push, upload
 from tunefleet.adapters_store.catalog import Catalog
 from tunefleet.adapters_store.lookups import share
 from tunefleet.core import Canary
@@ -14,12 +12,10 @@ SESSIONS = [f"session-{number}" for number in range(200)]
 
 
 @pytest.fixture
-def catalog(database_url: str) -> Iterator[Catalog]:
-    opened = Catalog(database_url, now=Clock())
-    push(opened, ALICE, 1)
-    opened.add_version(ALICE, upload(2), promote=False)
-    yield opened
-    opened.close()
+def catalog(catalog: Catalog) -> Catalog:
+    push(catalog, ALICE, 1)
+    catalog.add_version(ALICE, upload(2), promote=False)
+    return catalog
 
 
 def on_canary(catalog: Catalog) -> set[str]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,13 +7,6 @@ import pytest
 from catalog_kit import ALICE, BASE, Clock, push, upload
 from tunefleet.adapters_store.catalog import AdapterName, Catalog
 from tunefleet.errors import AdapterConflict, AdapterNotFound
-
-
-@pytest.fixture
-def catalog(database_url: str) -> Iterator[Catalog]:
-    opened = Catalog(database_url, now=Clock())
-    yield opened
-    opened.close()
 
 
 def test_an_upload_is_found_live_and_by_number(catalog: Catalog) -> None:

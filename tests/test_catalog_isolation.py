@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from catalog_kit import ALICE, Clock, begun, dump, push, upload
+from catalog_kit import ALICE, begun, dump, push, upload
 from tunefleet.adapters_store.catalog import AdapterName, Catalog
 from tunefleet.core import Pin
 from tunefleet.errors import AdapterConflict, AdapterNotFound
@@ -52,12 +52,10 @@ TABLES: list[dict[str, Call]] = [REFUSED, EMPTY, BY_TENANT, TENANT_PAGES]
 
 
 @pytest.fixture
-def catalog(database_url: str) -> Iterator[Catalog]:
-    opened = Catalog(database_url, now=Clock())
-    push(opened, ALICE, 1, 2)
-    opened.begin_upload(ALICE, begun(opened, "u1"))
-    yield opened
-    opened.close()
+def catalog(catalog: Catalog) -> Catalog:
+    push(catalog, ALICE, 1, 2)
+    catalog.begin_upload(ALICE, begun(catalog, "u1"))
+    return catalog
 
 
 def test_every_method_is_in_one_table() -> None:

@@ -32,11 +32,6 @@ DAY_S = 24 * 3600.0
 LATER = "2027-01-01T00:00:00.000000Z"
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def orphan(store: AdapterStore, source: Path, tenant: str = "default") -> list[str]:
     """Objects as a push leaves them that died before its commit, long ago."""
     prefix = object_prefix(tenant, "ab" + "0" * 62, new_upload_id())

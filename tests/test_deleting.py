@@ -24,11 +24,6 @@ from tunefleet.errors import AdapterConflict, AdapterNotFound, StoreError
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class StubbornStore(MemoryStore):
     """Deletes nothing while it is told not to."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -17,16 +17,9 @@ WORK = ZOE._replace(name="work")
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def catalog(database_url: str, clock: Clock) -> Iterator[Catalog]:
-    opened = Catalog(database_url, now=clock)
-    push(opened, ALICE, 1)
-    yield opened
-    opened.close()
+def catalog(catalog: Catalog) -> Catalog:
+    push(catalog, ALICE, 1)
+    return catalog
 
 
 def fill(catalog: Catalog) -> None:

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from catalog_kit import ALICE, Clock, at_once, push, rows, upload
+from catalog_kit import ALICE, at_once, push, rows, upload
 from tunefleet.adapters_store.catalog import Catalog
 from tunefleet.errors import AdapterConflict, AdapterNotFound
-
-
-@pytest.fixture
-def catalog(database_url: str) -> Iterator[Catalog]:
-    opened = Catalog(database_url, now=Clock())
-    yield opened
-    opened.close()
 
 
 def history(catalog: Catalog) -> list[tuple[int, bool]]:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from catalog_kit import ALICE, BASE, Clock, push, upload
@@ -13,17 +11,10 @@ BOB = ALICE._replace(user_id="bob", tenant="other")
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def catalog(database_url: str, clock: Clock) -> Iterator[Catalog]:
-    opened = Catalog(database_url, now=clock)
-    push(opened, ALICE, 1, 2)
-    push(opened, BOB, 3)
-    yield opened
-    opened.close()
+def catalog(catalog: Catalog) -> Catalog:
+    push(catalog, ALICE, 1, 2)
+    push(catalog, BOB, 3)
+    return catalog
 
 
 def pinned(catalog: Catalog, base: str = BASE) -> list[tuple[str, str, PinTier]]:

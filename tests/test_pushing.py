@@ -26,11 +26,6 @@ from tunefleet.errors import AdapterConflict, AdapterNotFound, StoreError
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class GatedStore(MemoryStore):
     """Holds the put of a weights file until the test lets it go."""
 

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 from sqlalchemy import Connection, event, text
 
-from catalog_kit import ALICE, BASE, Clock, begun, push, upload
+from catalog_kit import ALICE, BASE, begun, push, upload
 from tunefleet.adapters_store.catalog import Catalog
 from tunefleet.adapters_store.repeats import upload_key
 from tunefleet.core import Pin
@@ -43,13 +42,6 @@ class Recorder:
     def _record(self, _c: object, _cursor: object, statement: str, parameters: object, *_: object) -> None:
         if statement.startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
             self.sent.append(Sent(self._method, statement, parameters))
-
-
-@pytest.fixture
-def catalog(database_url: str) -> Iterator[Catalog]:
-    opened = Catalog(database_url, now=Clock())
-    yield opened
-    opened.close()
 
 
 def use_everything(catalog: Catalog) -> Recorder:

@@ -1,23 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
 from catalog_kit import Clock, at_once, rows
 from tunefleet.adapters_store.catalog import Catalog
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def catalog(database_url: str, clock: Clock) -> Iterator[Catalog]:
-    opened = Catalog(database_url, now=clock)
-    yield opened
-    opened.close()
 
 
 def test_a_lease_goes_on_with_each_beat_until_the_router_leaves(catalog: Catalog, clock: Clock) -> None:

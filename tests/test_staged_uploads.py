@@ -20,11 +20,6 @@ from tunefleet.errors import AdapterError, AdapterInvalid, AdapterNotFound, Requ
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def begun(store: AdapterStore, folder: Path, user_id: str = "alice") -> UploadTicket:
     """An upload whose files are put."""
     ticket = await store.begin_upload(user_id)

@@ -23,11 +23,6 @@ from tunefleet.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, R
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class BrokenStore(MemoryStore):
     """Takes so many puts, then fails."""
 

@@ -10,11 +10,6 @@ from tunefleet.adapters_store.threads import Runner
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_work_runs_in_other_threads_no_more_than_allowed_at_once() -> None:
     lock, inside, most = threading.Lock(), 0, 0
     both_in = threading.Barrier(2)

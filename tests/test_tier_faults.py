@@ -35,11 +35,6 @@ NUM_TRIES = 1 + QUICK.num_retries  # of one request
 CROWD = 20
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module", params=[JuiceFS, pytest.param(SeaweedFS, marks=pytest.mark.slow)])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with running(request.param, tmp_path_factory.mktemp(request.param.name)) as started:

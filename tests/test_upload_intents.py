@@ -1,25 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from catalog_kit import ALICE, Clock, at_once, begun, upload
 from tunefleet.adapters_store.catalog import Added, Catalog
 from tunefleet.adapters_store.repeats import upload_key
 from tunefleet.errors import AdapterConflict, AdapterNotFound
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def catalog(database_url: str, clock: Clock) -> Iterator[Catalog]:
-    opened = Catalog(database_url, now=clock)
-    yield opened
-    opened.close()
 
 
 def test_a_begun_upload_is_found_and_its_objects_are_referred_to(catalog: Catalog) -> None:

@@ -1,21 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from catalog_kit import ALICE, Clock, at_once, push
+from catalog_kit import ALICE, at_once, push
 from tunefleet.adapters_store.catalog import Catalog, UserRecord
 from tunefleet.errors import AdapterNotFound, RequestInvalid
 
 CREATED = "2026-11-24T12:00:00.000005Z"
-
-
-@pytest.fixture
-def catalog(database_url: str) -> Iterator[Catalog]:
-    opened = Catalog(database_url, now=Clock())
-    yield opened
-    opened.close()
 
 
 def test_what_isnt_given_stays(catalog: Catalog) -> None:

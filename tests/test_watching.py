@@ -25,11 +25,6 @@ NEVER = Intervals(*[3600.0] * 5)
 ALWAYS = Intervals(*[0.001] * 5)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class EventMachine(NotedMachine):
     """Tells the test when it is told something."""
 
