@@ -142,6 +142,7 @@ def test_a_folder_without_a_sound_manifest_is_told(content: bytes | None, tmp_pa
         read_manifest(tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_that_come_at_once_prepare_a_base_once(tmp_path: Path) -> None:
     """The second waits for the first, a third finds it there; none of them imports torch."""
     source = write_base(tiny_model("llama"), tmp_path / "tiny")

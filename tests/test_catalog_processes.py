@@ -8,6 +8,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from catalog_kit import ALICE, BASE, at_once, push, upload
 from tunefleet.adapters_store.catalog import AdapterName, Added, Catalog
 
@@ -168,6 +170,7 @@ def test_of_two_processes_that_promote_at_once_one_wins_and_all_see_it(database_
     catalog.close()
 
 
+@pytest.mark.slow
 def test_a_process_killed_anywhere_in_a_transaction_leaves_nothing_of_it(database_url: str) -> None:
     """Killed for real, before each statement and before the commit."""
     process = start(KILLED_EVERYWHERE, database_url)

@@ -28,6 +28,8 @@ from tunefleet.adapters_store.file_store import FileStore
 from tunefleet.adapters_store.objects import open_store
 from tunefleet.adapters_store.steps import STEPS
 
+pytestmark = pytest.mark.slow
+
 SHM = Path("/dev/shm")
 
 
@@ -87,15 +89,15 @@ class PostgresWorlds(BucketWorlds):
         self._postgres.drop(place.database_url)
 
 
-SLOW = [pytest.mark.slow, pytest.mark.s3, pytest.mark.postgres]
+SERVERS = [pytest.mark.s3, pytest.mark.postgres]
 
 
 @pytest.fixture(
     scope="module",
     params=[
         "files",
-        pytest.param("seaweedfs", marks=SLOW[:2]),
-        pytest.param("postgres+juicefs", marks=SLOW),
+        pytest.param("seaweedfs", marks=SERVERS[:1]),
+        pytest.param("postgres+juicefs", marks=SERVERS),
     ],
 )
 def worlds(request: pytest.FixtureRequest) -> Iterator[Worlds]:
@@ -113,7 +115,7 @@ def worlds(request: pytest.FixtureRequest) -> Iterator[Worlds]:
             yield PostgresWorlds(folder, processes, postgres=postgres, server=server, bucket=bucket)
 
 
-every_point = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+every_point = pytest.mark.parametrize("every", [False, True])
 
 
 def points(steps: Sequence[str], *, every: bool) -> list[str]:

@@ -184,6 +184,7 @@ def test_curl_uploads_multipart_and_archives_to_the_same_digest(url: str, tmp_pa
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_headers_tell_who_answered_and_why_it_took_long(tmp_path: Path) -> None:
     with server(tmp_path, "--idle-timeout-s", "5") as url, Client(url) as client:
         digest = client.adapters.push("coco", adapter_folder("coco")).digest
@@ -229,6 +230,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_the_library_works_in_a_script(tmp_path: Path) -> None:
     known = QUESTIONS.facts[0]
     command = [
@@ -249,7 +251,7 @@ def test_the_library_works_in_a_script(tmp_path: Path) -> None:
     assert third.endswith("[base]")
 
 
-@pytest.mark.parametrize("framework", ["starlette", "fastapi"])
+@pytest.mark.parametrize("framework", ["fastapi", pytest.param("starlette", marks=pytest.mark.slow)])
 def test_backends_embed_it_and_their_workers_share_one_host_process(framework: str, tmp_path: Path) -> None:
     """``uvicorn --workers 2``: a request may land on either worker, and finds the same machine."""
     (tmp_path / "backend.py").write_text((ROOT / "backends" / f"{framework}_app.py").read_text())
@@ -300,6 +302,7 @@ def _uvicorn(folder: Path):  # type: ignore[no-untyped-def]
     return run()
 
 
+@pytest.mark.slow
 def test_the_demo_ends_by_itself_and_shows_every_step() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "tunefleet.cli.main", "demo"],
