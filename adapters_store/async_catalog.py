@@ -24,6 +24,7 @@ from tunefleet.core import (
     User,
     Version,
     check_adapter_name,
+    check_tenant,
     check_user_id,
 )
 
@@ -109,11 +110,14 @@ class AsyncCatalog:
         """By user id; ``after`` is the last id of the page before."""
         size = check_limit(limit)
         last = None if after is None else check_user_id(after)
-        records = await self._lookup(lambda: self._catalog.users(tenant, after=last, limit=size))
+        records = await self._lookup(
+            lambda: self._catalog.users(check_tenant(tenant), after=last, limit=size)
+        )
         return [views.user(record) for record in records]
 
     async def user(self, user_id: str, *, tenant: str = DEFAULT_TENANT) -> User:
         """Raises AdapterNotFound (code ``user_not_found``)."""
+        check_tenant(tenant)
         check_user_id(user_id)
         return views.user(await self._lookup(lambda: self._catalog.user(tenant, user_id)))
 
@@ -127,6 +131,7 @@ class AsyncCatalog:
         metadata: dict[str, object] | UnsetType | None = UNSET,
     ) -> User:
         """Changes what is given; None is as it was for a new user. Makes the user if there is none."""
+        check_tenant(tenant)
         check_user_id(user_id)
         changes = {
             "limits": limits if limits is UNSET else check_metadata(limits or {}, "limits"),
@@ -228,7 +233,7 @@ class AsyncCatalog:
         return views.adapter(adapter, found)
 
     def _named(self, user_id: str, name: str, tenant: str) -> AdapterName:
-        return AdapterName(tenant, check_user_id(user_id), check_adapter_name(name), self._base)
+        return AdapterName(check_tenant(tenant), check_user_id(user_id), check_adapter_name(name), self._base)
 
     async def _changed(self, work: Callable[[], T], step: str | None = None) -> T:
         """A commit. The watch learns of it at once: what is pinned may be another version now."""

@@ -31,7 +31,7 @@ class Flight:
 
     def __init__(self, ref: AdapterRef, tier: PinTier) -> None:
         self.ref = ref
-        self.tier = tier
+        self.tier: PinTier = tier
         self.landed: asyncio.Future[Fetched] = asyncio.get_running_loop().create_future()
         self.is_abandoned = False
 

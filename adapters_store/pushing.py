@@ -8,7 +8,6 @@ commit them. A crash leaves objects that nothing refers to, at most.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 import stat
 import tempfile
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
+from tunefleet.adapters_store import adapter_objects
+from tunefleet.adapters_store.adapter_objects import CHUNK_BYTES
 from tunefleet.adapters_store.catalog import Catalog
 from tunefleet.adapters_store.catalog_mark import CatalogMark
 from tunefleet.adapters_store.lora_config import MAX_CONFIG_BYTES
@@ -29,11 +30,9 @@ from tunefleet.adapters_store.validation import CheckedAdapter, check_adapter, c
 from tunefleet.core import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, Manifest
 from tunefleet.errors import AdapterInvalid, StoreError
 
-CHUNK_BYTES = 256 * 1024
 INTENT_S = 3600  # an upload of which nothing was heard for so long may be collected
 EXTEND_S = INTENT_S / 4
 _STALE_S = 24 * 3600.0
-_FILE_STEPS = {CONFIG_FILE: "upload:config-put", WEIGHTS_FILE: "upload:weights-put"}
 
 
 class UploadLimits(NamedTuple):
@@ -92,7 +91,10 @@ class Pushing:
             checked = self.check(staged)
             key = request.upload_key(checked)
             added = self._catalog.answered(request.adapter, checked.digest, key)
-            return added or self.add(request, checked, staged, key=key)
+            if added is None:
+                return self.add(request, checked, staged, key=key)
+            self._mend(added, checked, staged)
+            return added
 
     def check(self, folder: Path) -> CheckedAdapter:
         return check_adapter(folder, self._manifest, max_rank=self.limits.max_rank)
@@ -128,6 +130,8 @@ class Pushing:
             )
             reached("upload:committed")
             keep = added.record.object_key == prefix
+            if not keep:
+                self._mend(added, checked, folder)
             return added
         finally:
             if not keep:
@@ -192,26 +196,23 @@ class Pushing:
             self._catalog.extend_upload(upload_id, self._catalog.timestamp(INTENT_S))
 
         with _repeatedly(EXTEND_S, extend):
-            for file in ADAPTER_FILES:
-                self._objects.put(f"{prefix}/{file}", folder / file)
-                reached(_FILE_STEPS[file])
+            adapter_objects.put(self._objects, prefix, folder)
             if verify:
-                self._verify(prefix, checked)
+                for file, sha256 in _sha256s(checked).items():
+                    adapter_objects.verify(self._objects, f"{prefix}/{file}", sha256)
                 reached("upload:verified")
 
-    def _verify(self, prefix: str, checked: CheckedAdapter) -> None:
-        """Raises StoreError (``object_corrupt``): what the store gives is not what it got."""
-        sha256s = {CONFIG_FILE: checked.config_sha256, WEIGHTS_FILE: checked.weights_sha256}
-        for file, expected in sha256s.items():
-            with self._objects.open(f"{prefix}/{file}").stream as stream:
-                actual = hashlib.sha256()
-                while chunk := stream.read(CHUNK_BYTES):
-                    actual.update(chunk)
-            if actual.hexdigest() != expected:
-                raise StoreError(
-                    f"the store's copy of {file} is not what was uploaded: try again",
-                    code="object_corrupt",
-                )
+    def _mend(self, added: Added, checked: CheckedAdapter, folder: Path) -> None:
+        """Who uploads a version's bytes again also heals the store's copy, if that was lost or changed."""
+        record = added.record
+        theirs = {CONFIG_FILE: record.config_sha256, WEIGHTS_FILE: record.weights_sha256}
+        ours = _sha256s(checked)
+        same = {file: sha256 for file, sha256 in theirs.items() if ours[file] == sha256}
+
+        def is_wanted() -> bool:
+            return bool(self._catalog.referenced([record.object_key]))
+
+        adapter_objects.mend(self._objects, record.object_key, folder, same, is_wanted)
 
     def _discard(self, upload_id: str, prefix: str) -> None:
         """Ends the intent, after which nothing can commit, then removes what was not committed.
@@ -221,9 +222,7 @@ class Pushing:
         self._catalog.end_upload(upload_id)
         reached("discard:intent-ended")
         if prefix not in self._catalog.referenced([prefix]):
-            for file in ADAPTER_FILES:
-                self._objects.delete(f"{prefix}/{file}")
-                reached("discard:object-gone")
+            adapter_objects.delete(self._objects, prefix, step="discard:object-gone")
 
 
 @contextlib.contextmanager
@@ -243,6 +242,10 @@ def _repeatedly(interval_s: float, work: Callable[[], object]) -> Iterator[None]
     finally:
         over.set()
         thread.join()
+
+
+def _sha256s(checked: CheckedAdapter) -> dict[str, str]:
+    return {CONFIG_FILE: checked.config_sha256, WEIGHTS_FILE: checked.weights_sha256}
 
 
 def _new_version(checked: CheckedAdapter, key: str, metadata: dict[str, object]) -> NewVersion:

@@ -11,6 +11,7 @@ import contextlib
 import re
 from pathlib import Path
 
+from tunefleet.adapters_store import adapter_objects
 from tunefleet.adapters_store.catalog import Catalog
 from tunefleet.adapters_store.objects import ObjectStore, new_upload_id, staging_prefix
 from tunefleet.adapters_store.pushing import Pushing, PushRequest
@@ -121,9 +122,7 @@ class StagedUploads:
 
     def _remove(self, tenant: str, upload_id: str) -> None:
         prefix = staging_prefix(tenant, upload_id)
-        for file in ADAPTER_FILES:
-            self._objects.delete(f"{prefix}/{file}")
-            reached("complete:object-gone")
+        adapter_objects.delete(self._objects, prefix, step="complete:object-gone")
         self._catalog.end_upload(upload_id)
         reached("complete:ended")
 

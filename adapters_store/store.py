@@ -39,6 +39,7 @@ from tunefleet.core import (
     Receipt,
     UploadTicket,
     Version,
+    check_tenant,
     check_user_id,
 )
 from tunefleet.errors import AdapterNotFound
@@ -256,6 +257,7 @@ class AdapterStore(AsyncCatalog):
         From the first commit on the user is gone. The rest is waited for, for some seconds; a receipt that
         is ``pending`` then goes on by itself, whatever dies: ask ``deletion``.
         """
+        check_tenant(tenant)
         check_user_id(user_id)
         return await self._deleted(lambda: self._catalog.delete_user(tenant, user_id))
 
@@ -267,7 +269,9 @@ class AdapterStore(AsyncCatalog):
                 code="deletion_not_found",
                 param="deletion_id",
             )
-        return views.receipt(await self._lookup(lambda: self._catalog.deletion(tenant, deletion_id)))
+        return views.receipt(
+            await self._lookup(lambda: self._catalog.deletion(check_tenant(tenant), deletion_id))
+        )
 
     async def _deleted(self, mark: Callable[[], DeletionRecord]) -> Receipt:
         def marked() -> DeletionRecord:

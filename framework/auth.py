@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from tunefleet.core import DEFAULT_TENANT, check_user_id
+from tunefleet.core import DEFAULT_TENANT, check_tenant, check_user_id
 from tunefleet.errors import AdapterNotFound, AuthError, ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Caller(msgspec.Struct, frozen=True):
             raise ConfigError(
                 f"unknown scope {unknown[0]!r}; there are: {', '.join(sorted(SCOPES))}", param="scopes"
             )
+        check_tenant(self.tenant)
         if self.user_id is not None:
             check_user_id(self.user_id)
 

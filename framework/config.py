@@ -112,7 +112,10 @@ def context_length(options: Options, manifest: Manifest) -> int:
 
 def store_folder(store_url: str) -> Path:
     """The folder of a ``file://`` store URL."""
-    parts = urlsplit(store_url)
+    try:
+        parts = urlsplit(store_url)
+    except ValueError as error:
+        raise ConfigError(f"store_url is no URL: {error}", param="store_url") from error
     if parts.scheme != "file" or parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
         raise ConfigError(f"store_url must look like file:///path, not {store_url!r}", param="store_url")
     return Path(unquote(parts.path))

@@ -20,6 +20,8 @@ PinTier = Literal["disk", "host"]
 MAX_METADATA_BYTES = 4096  # of what is kept with an upload, as JSON
 
 _USER_ID = re.compile(r"[A-Za-z0-9._~@:+=|\-]{1,128}")
+_TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_RESERVED_TENANTS = {"catalogs", "staging"}
 _ADAPTER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -40,6 +42,21 @@ def check_adapter_name(name: str) -> str:
         return name
     raise RequestInvalid(
         "an adapter's name must match [a-z0-9][a-z0-9_-]{0,63}", code="invalid_adapter_name", param="name"
+    )
+
+
+def check_tenant(tenant: str) -> str:
+    """Returns ``tenant`` unchanged, or raises RequestInvalid (code ``invalid_tenant``).
+
+    A tenant's objects lie below its id in the store, beside what is nobody's.
+    """
+    if _TENANT.fullmatch(tenant) and tenant not in _RESERVED_TENANTS:
+        return tenant
+    raise RequestInvalid(
+        "a tenant's id must match [a-z0-9][a-z0-9_-]{0,63} and not be "
+        + " or ".join(repr(name) for name in sorted(_RESERVED_TENANTS)),
+        code="invalid_tenant",
+        param="tenant",
     )
 
 

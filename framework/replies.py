@@ -152,16 +152,32 @@ _CLASS_OF_STATUS: dict[int, type[TunefleetError]] = {
     500: ReplicaError,
     503: CapacityError,
 }
+_STORE_CODES = (
+    "bucket_not_found",
+    "catalog_busy",
+    "catalog_unavailable",
+    "disk_full",
+    "invalid_key",
+    "invalid_range",
+    "object_changed",
+    "object_corrupt",
+    "object_not_found",
+    "short_read",
+    "store_denied",
+    "store_error",
+    "store_unavailable",
+)
+_LOAD_CODES = ("adapter_corrupt", "adapter_load_failed", "adapter_no_room", "adapter_slow")
 _CLASS_OF_CODE: dict[str, type[TunefleetError]] = {
-    "adapter_load_failed": AdapterLoadFailed,
-    "catalog_unavailable": StoreError,
+    "adapter_deleted": AdapterLoadFailed,
+    "body_too_large": RequestInvalid,
     "invalid_adapter_name": RequestInvalid,
+    "invalid_tenant": RequestInvalid,
     "invalid_user_id": RequestInvalid,
-    "object_corrupt": StoreError,
-    "object_not_found": StoreError,
     "replica_lost": ReplicaError,
-    "store_error": StoreError,
     "user_deleted": AdapterNotFound,
+    **dict.fromkeys(_STORE_CODES, StoreError),
+    **dict.fromkeys(_LOAD_CODES, AdapterLoadFailed),
 }
 
 

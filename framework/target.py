@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Literal, NamedTuple
 
-from tunefleet.core import DEFAULT_ADAPTER, DEFAULT_TENANT, check_adapter_name, check_user_id
+from tunefleet.core import DEFAULT_ADAPTER, DEFAULT_TENANT, check_adapter_name, check_tenant, check_user_id
 from tunefleet.errors import AdapterNotFound, RequestInvalid
 
 Fallback = Literal["none", "base"]
@@ -28,6 +28,7 @@ class Target(NamedTuple):
         if self.user_id is not None:
             check_user_id(self.user_id)
         check_adapter_name(self.name)
+        check_tenant(self.tenant)
         if self.user_id is None and (self.version is not None or self.name != DEFAULT_ADAPTER):
             param = "name" if self.version is None else "version"
             raise RequestInvalid("the base has neither names nor versions: say which user", param=param)

@@ -43,6 +43,7 @@ def test_every_option_has_a_default_and_says_what_it_is() -> None:
         ("dtype", "int4"),
         ("fallback", "other"),
         ("store_url", "s4://bucket"),
+        ("store_url", "file://["),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: object) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import hazards
 from router_kit import Kit, api
 from tunefleet.adapters_store.objects import new_upload_id, object_prefix
-from tunefleet.core import check_adapter_name, check_user_id
+from tunefleet.core import check_adapter_name, check_tenant, check_user_id
 from tunefleet.errors import RequestInvalid, StoreError
 
 # The documented grammar, said another way than the code says it.
@@ -134,6 +134,18 @@ def test_an_id_in_a_path_is_one_part_of_it_and_comes_back_as_it_was(
 
     with api(Kit(tmp_path)) as client:
         hazards.generate("E", num_examples, check, TEXTS.filter(lambda text: len(text) < 1000))
+
+
+@pytest.mark.parametrize("tenant", ["", "Acme", "a/b", "..", "-rf", "x" * 65, "catalogs", "staging"])
+def test_what_is_no_tenant_is_refused(tenant: str) -> None:
+    with pytest.raises(RequestInvalid) as refusal:
+        check_tenant(tenant)
+    assert (refusal.value.code, refusal.value.param) == ("invalid_tenant", "tenant")
+
+
+@pytest.mark.parametrize("tenant", ["default", "acme-2", "a", "0_1", "x" * 64])
+def test_a_tenant_is_taken_unchanged(tenant: str) -> None:
+    assert tenant == check_tenant(tenant)
 
 
 @hazards.examples(200)

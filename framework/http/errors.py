@@ -48,6 +48,7 @@ _STATUS_OF_CODE = {
     "body_too_slow": 408,
     "forbidden": 403,
     "invalid_adapter_name": 422,
+    "invalid_tenant": 422,
     "invalid_user_id": 422,
     "queue_full": 429,
     "replica_lost": 503,
