@@ -100,12 +100,17 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to choose tokens. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off."""
+    """How to choose tokens. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+
+    ``logprobs``: so many likeliest alternatives with each token; 0: only its own; None: nothing.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0  # least probability, as a part of the likeliest token's
+    logprobs: int | None = None
     seed: int = 0  # the token at index i depends on (seed, i) and the logits only
     ignore_eos: bool = False
 

@@ -92,6 +92,8 @@ class Generations:
                 prompt=tuple(prompt),
                 sampling=self._sampling(request, len(prompt)),
                 adapter=adapter.ref,
+                tenant=target.tenant,
+                user_id=target.user_id,
             )
             accepted = self._accepted(work, target, adapter.version, started_at)
             return self._begun(entered, work, accepted._replace(request_id=accepted_id), request.stops)
@@ -103,7 +105,14 @@ class Generations:
             adapter = await self._resolve(target.checked(), target.session)
             prompt = (next(iter(self._manifest.eos_token_ids), 0),)
             sampling = SamplingParams(max_tokens=1)
-            work = Submit(request_id=new_request_id(), prompt=prompt, sampling=sampling, adapter=adapter.ref)
+            work = Submit(
+                request_id=new_request_id(),
+                prompt=prompt,
+                sampling=sampling,
+                adapter=adapter.ref,
+                tenant=target.tenant,
+                user_id=target.user_id,
+            )
             return self._begun(entered, work, self._accepted(work, target, adapter.version, started_at))
 
     @contextlib.contextmanager

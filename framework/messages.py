@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tunefleet.core import AdapterRef, FinishReason, PinTier, ReplicaInfo, SamplingParams
+from tunefleet.core import DEFAULT_TENANT, AdapterRef, FinishReason, PinTier, ReplicaInfo, SamplingParams
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
@@ -134,6 +134,8 @@ class Submit(Message, frozen=True):
     sampling: SamplingParams
     adapter: AdapterRef | None = None
     generated: tuple[int, ...] = ()
+    tenant: str = DEFAULT_TENANT
+    user_id: str | None = None  # None: the tenant itself asks the base
 
 
 class Cancel(Message, frozen=True):
@@ -150,6 +152,14 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     activate_s: float = 0.0
     prefill_s: float = 0.0
     adapter_cold: bool = False  # the adapter was not in a slot when the request came
+    cached_tokens: int = 0  # of the prompt, whose keys and values were there from an earlier request
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Natural logarithms of probabilities at one place of the answer, before temperature and cuts."""
+
+    logprob: float  # of the token that was chosen
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest token ids with theirs, likeliest first
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -164,6 +174,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str = ""
     error_code: str = ""
     retry_after_s: float = 0.0
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token, where they were asked for
 
 
 class Step(Message, frozen=True):

@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from tunefleet.core import FinishReason
 from tunefleet.errors import AdapterLoadFailed, CapacityError, ReplicaError, TunefleetError
 from tunefleet.messages import Cancel, Progress, Rejected, ReplicaToRouter, Step, Submit
@@ -149,13 +151,7 @@ class MachineRun:
 
 
 def _with_generated(work: Submit, generated: list[int]) -> Submit:
-    return Submit(
-        request_id=work.request_id,
-        prompt=work.prompt,
-        sampling=work.sampling,
-        adapter=work.adapter,
-        generated=tuple(generated),
-    )
+    return msgspec.structs.replace(work, generated=tuple(generated))
 
 
 def _error(progress: Progress) -> TunefleetError:
