@@ -146,6 +146,11 @@ def _parsed(database_url: str) -> URL:
         url = make_url(database_url)
     except (ArgumentError, ValueError):
         raise _unsupported() from None  # the cause holds the URL, with its password
+    if "@" in (url.host or ""):
+        raise ConfigError(
+            "database_url has an @ too many: write %40 for one in the user's name or password",
+            param="database_url",
+        )
     if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
         return url
     if url.drivername in ("postgresql", "postgresql+psycopg") and url.database:

@@ -165,6 +165,6 @@ def open_store(store_url: str) -> ObjectStore:
         return S3Store(parse_s3_url(store_url))
     if store_url.startswith("file:"):
         return FileStore(store_folder(store_url) / "objects")
-    raise ConfigError(
-        f"store_url begins with {store_url[:12]!r}; supported: file:///path and {SHAPE}", param="store_url"
-    )
+    scheme, found, _ = store_url.partition("://")  # what follows may hold a secret
+    said = f"begins with {scheme[:12] + found!r}" if found else "has no scheme"
+    raise ConfigError(f"store_url {said}; supported: file:///path and {SHAPE}", param="store_url")

@@ -54,8 +54,8 @@ def parse_s3_url(store_url: str, environment: Mapping[str, str] = os.environ) ->
     """
     try:
         parts = urlsplit(store_url)
-    except ValueError as error:
-        raise _wrong(f"is no URL: {error}") from error
+    except ValueError:
+        raise _wrong("is no URL") from None  # the cause holds part of it, maybe a secret
     if "@" in parts.netloc:
         raise _wrong(
             "must not hold credentials, since URLs are logged: set AWS_ACCESS_KEY_ID and"
@@ -94,7 +94,8 @@ def _bucket(parts: SplitResult) -> str:
         return parts.netloc
     if not parts.netloc:
         raise _wrong("names no bucket")
-    raise _wrong(f"names bucket {parts.netloc[:80]!r}: 3 to 63 of a-z 0-9 . - are a bucket's name")
+    named = re.sub(r"[:%].*", "…", parts.netloc)  # what follows may be a secret
+    raise _wrong(f"names bucket {named[:80]!r}: 3 to 63 of a-z 0-9 . - are a bucket's name")
 
 
 def _prefix(parts: SplitResult) -> str:

@@ -26,8 +26,9 @@ MIB = 1024 * 1024
 DEFAULT_MAX_MODEL_LEN = 2048  # tokens; a base's own limit may need more memory than a request is worth
 
 
-def _option(default: object, doc: str, *, at_least: float | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc, "at_least": at_least})
+def _option(default: object, doc: str, *, at_least: float | None = None, secret: bool = False) -> Any:
+    metadata = {"doc": doc, "at_least": at_least}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,9 @@ class Options:
         "auto", "auto, bfloat16, float16 or float32; auto is what the device multiplies fastest."
     )
     store_url: str = _option("", "Where adapters live: file:///path (default ~/.local/share/tunefleet).")
-    database_url: str = _option("", "The catalog: sqlite:///path; by default beside a file store.")
+    database_url: str = _option(
+        "", "The catalog: sqlite:///path; by default beside a file store.", secret=True
+    )
     cache_dir: str = _option(
         "", "Prepared bases, disk tier, state of the host process (default ~/.cache/tunefleet)."
     )
@@ -56,8 +59,14 @@ class Options:
     drain_timeout_s: float = _option(
         30.0, "Longest time a stopping replica may finish its requests.", at_least=0
     )
+    step_timeout_s: float = _option(
+        120.0, "A replica whose step takes longer is ended; its requests go on at another one.", at_least=0.1
+    )
     max_queue: int = _option(1024, "Requests that may wait on one replica.", at_least=1)
     device_adapter_bytes: int = _option(1024 * MIB, "Device memory for adapters.", at_least=MIB)
+    kv_cache_bytes: int = _option(
+        2048 * MIB, "Device memory for keys and values of running and recent sequences.", at_least=MIB
+    )
     max_active_adapters: int = _option(0, "Slots; 0: max_num_seqs.", at_least=0)
     max_adapter_rank: int = _option(64, "Largest rank served.", at_least=1)
     host_cache_bytes: int = _option(
@@ -114,10 +123,12 @@ def store_folder(store_url: str) -> Path:
     """The folder of a ``file://`` store URL."""
     try:
         parts = urlsplit(store_url)
-    except ValueError as error:
-        raise ConfigError(f"store_url is no URL: {error}", param="store_url") from error
+    except ValueError:  # which holds part of the URL, maybe a secret
+        raise ConfigError("store_url is no URL; it looks like file:///path", param="store_url") from None
     if parts.scheme != "file" or parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
-        raise ConfigError(f"store_url must look like file:///path, not {store_url!r}", param="store_url")
+        raise ConfigError(
+            "store_url must look like file:///path: a folder's whole path, and no host", param="store_url"
+        )
     return Path(unquote(parts.path))
 
 

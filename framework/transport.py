@@ -14,7 +14,7 @@ import msgspec
 from tunefleet import __version__, config, replies
 from tunefleet.calls import Call, Progress
 from tunefleet.core import ADAPTER_FILES
-from tunefleet.errors import AdapterInvalid, ReplicaError
+from tunefleet.errors import AdapterInvalid, ConfigError, ReplicaError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _CHUNK_BYTES = 256 * 1024
@@ -24,7 +24,9 @@ T = TypeVar("T")
 
 def settings(url: str | None, api_key: str | None, timeout_s: float) -> dict[str, Any]:
     """Of the HTTP library's client."""
-    key = api_key or config.setting("api_key")
+    key = (api_key or config.setting("api_key") or "").strip()  # files end in a line end
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("an API key is printable ASCII: look at api_key and TUNEFLEET_API_KEY")
     return {
         "base_url": (url or config.setting("url") or DEFAULT_URL).rstrip("/").removesuffix("/v1"),
         "headers": {
@@ -82,15 +84,17 @@ async def chunks_of(file: io.FileIO) -> AsyncIterator[bytes]:
 @contextlib.contextmanager
 def reachable(url: httpx2.URL) -> Iterator[None]:
     """What the HTTP library raises, as ReplicaError."""
+    shown = url.copy_with(userinfo=b"")
     try:
         yield
     except httpx2.ConnectError as error:
         raise ReplicaError(
-            f"no server at {url}: start one with `tunefleet serve`, or set TUNEFLEET_URL", code="unreachable"
+            f"no server at {shown}: start one with `tunefleet serve`, or set TUNEFLEET_URL",
+            code="unreachable",
         ) from error
     except httpx2.TransportError as error:
         raise ReplicaError(
-            f"the connection to {url} broke: {error or type(error).__name__}", code="connection_broken"
+            f"the connection to {shown} broke: {error or type(error).__name__}", code="connection_broken"
         ) from error
 
 
