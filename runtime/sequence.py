@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from tunefleet.core import AdapterRef, FinishReason, SamplingParams
+from tunefleet.core import DEFAULT_TENANT, AdapterRef, FinishReason, SamplingParams
 from tunefleet.messages import Submit, Timing
+from tunefleet.runtime.fairness import Owner
+from tunefleet.runtime.prefixes import Scope
 
 
 class SequenceState(enum.Enum):
-    WAITING = "waiting"  # not in the batch: a place, its adapter or a slot is missing
+    WAITING = "waiting"  # not in the batch: a place, its adapter, a slot or a row is missing
     RUNNING = "running"  # in the batch, holds a row and, if it has an adapter, pins a slot
     FINISHED = "finished"  # holds nothing
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Sequence:
     """Lives from Submit until it is finished; only the scheduler changes its state.
 
-    ``num_computed`` tokens have KV; prefill is whatever of ``tokens`` does not.
+    ``num_computed`` tokens have KV; prefill is whatever of ``tokens`` does not. A preempted sequence waits
+    again, with all its tokens and its place in the order of arrival.
     """
 
     request_id: str
@@ -27,9 +30,17 @@ class Sequence:
     num_prompt: int
     sampling: SamplingParams
     adapter: AdapterRef | None
+    tenant: str = DEFAULT_TENANT
+    user_id: str | None = None  # None: the tenant itself asks the base
     num_resumed: int = 0  # tokens that an earlier replica generated
     state: SequenceState = SequenceState.WAITING
+    arrival: int = 0  # its place in the order of arrival
     num_computed: int = 0
+    num_charged: int = 0  # tokens that its owner was charged for; computing them again is free
+    cached_tokens: int = 0  # of the prompt, whose KV was there when it first joined
+    num_preemptions: int = 0
+    preempted_at: int = 0  # how many tokens it had then
+    keeps_prefix: bool = True  # False: its owner or adapter was forgotten meanwhile
     finish_reason: FinishReason | None = None
     added_at: float = 0.0
     admitted_at: float = 0.0
@@ -47,12 +58,22 @@ class Sequence:
             len(work.prompt),
             work.sampling,
             work.adapter,
+            work.tenant,
+            work.user_id,
             num_resumed=len(work.generated),
         )
 
     @property
     def digest(self) -> str | None:
         return self.adapter.digest if self.adapter else None
+
+    @property
+    def owner(self) -> Owner:
+        return Owner(self.tenant, self.user_id)
+
+    @property
+    def scope(self) -> Scope:
+        return Scope(self.tenant, self.user_id, self.digest)
 
     @property
     def num_generated(self) -> int:
@@ -71,4 +92,5 @@ class Sequence:
             activate_s=self.activate_s,
             prefill_s=now - self.admitted_at,
             adapter_cold=self.adapter_cold,
+            cached_tokens=self.cached_tokens,
         )

@@ -1,0 +1,151 @@
+"""Any history: requests, loads, cancels, deletions and steps in any order.
+
+The KV is a double that carries out each batch's operations; before each forward every running sequence must
+find the KV of exactly its own tokens, computed in its own scope, in its row.
+"""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from scheduler_kit import EOS, RANKS, EngineDouble, new_scheduler, new_sequence, sampled_by
+from tunefleet.core import FinishReason
+from tunefleet.runtime.scheduler import Batch
+from tunefleet.runtime.sequence import Sequence, SequenceState
+
+MAX_MODEL_LEN = 300
+TEXT = tuple(random.Random(0).choices(range(2, 50), k=MAX_MODEL_LEN))  # many prompts begin alike
+
+
+class AnyHistory(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.added: dict[str, Sequence] = {}
+
+    @initialize(
+        max_slots=st.integers(1, 3),
+        num_pages=st.sampled_from([8, 10, 13, 64]),
+        max_num_seqs=st.integers(1, 5),
+        max_batch_tokens=st.sampled_from([1, 3, 16, 200]),
+        max_prefill_tokens=st.sampled_from([1, 30, 128]),
+        budget_tokens=st.sampled_from([768, 800, 1300, 3000]),
+        max_wait_steps=st.sampled_from([1, 4, 64]),
+        fill_steps=st.integers(0, 3),
+    )
+    def begin(self, fill_steps: int, **limits: int) -> None:
+        self.limits = limits
+        self.engine = EngineDouble(
+            new_scheduler(max_model_len=MAX_MODEL_LEN, **limits), fill_steps=fill_steps
+        )
+        self.scheduler = self.engine.scheduler
+
+    @rule(
+        digest=st.sampled_from([None, *RANKS]),
+        user_id=st.sampled_from(["alice", "bob", "carol"]),
+        num_shared=st.one_of(st.integers(0, 20), st.integers(30, 250)),
+        num_own=st.one_of(st.integers(1, 4), st.integers(1, 40)),
+        max_tokens=st.one_of(st.integers(1, 6), st.integers(1, 60)),
+        seed=st.integers(0, 2),
+    )
+    def add(
+        self, digest: str | None, user_id: str, num_shared: int, num_own: int, max_tokens: int, seed: int
+    ) -> None:
+        own = random.Random(seed).choices(range(2, 50), k=num_own)
+        request_id = f"{len(self.added)}"
+        self.added[request_id] = new_sequence(
+            request_id,
+            digest,
+            user_id=user_id,
+            prompt=(*TEXT[:num_shared], *own),
+            max_tokens=max_tokens,
+        )
+        self.scheduler.add(self.added[request_id])
+
+    @rule(digest=st.sampled_from([*RANKS]))
+    def load(self, digest: str) -> None:
+        if not self.scheduler.slots.holds(digest):
+            self.engine.loaded.add(digest)
+
+    @rule()
+    @precondition(lambda self: self.engine.filling)
+    def fail_a_fill(self) -> None:
+        """As the engine does: those who wait for it are ended."""
+        digest = min(self.engine.filling)
+        del self.engine.filling[digest]
+        self.scheduler.activation_failed(digest)
+        for sequence in [s for s in self.scheduler.waiting if s.digest == digest]:
+            self.scheduler.finish(sequence, FinishReason.ERROR)
+
+    @rule(generator=st.randoms(use_true_random=False), keep_prefix=st.booleans())
+    @precondition(lambda self: self.scheduler)
+    def cancel(self, generator: random.Random, keep_prefix: bool) -> None:
+        alive = [*self.scheduler.waiting, *self.scheduler.running]
+        self.scheduler.finish(generator.choice(alive), FinishReason.CANCELLED, keep_prefix=keep_prefix)
+
+    @rule(digest=st.sampled_from([*RANKS]))
+    def forget(self, digest: str) -> None:
+        self.scheduler.forget(digest)
+
+    @rule(user_id=st.sampled_from(["alice", "bob", "carol"]))
+    def forget_user(self, user_id: str) -> None:
+        self.scheduler.forget_user("default", user_id)
+
+    @rule(generator=st.randoms(use_true_random=False), num_steps=st.integers(1, 12))
+    def run(self, generator: random.Random, num_steps: int) -> None:
+        for _ in range(num_steps):
+            token = generator.choice([5, 6, 7, 8, 9, EOS])
+            self.step(token, ends_amid=generator.random() < 0.1)
+
+    def step(self, token: int, *, ends_amid: bool = False) -> None:
+        """One step of an engine; ``ends_amid``: its first sequence ends between forward and advance."""
+        self.engine.join()
+        self.scheduler.check()
+        batch = self.engine.schedule()
+        self.limits_hold(batch)
+        if ends_amid and batch.scheduled:
+            self.scheduler.finish(batch.scheduled[0].sequence, FinishReason.ERROR)
+        self.scheduler.advance(batch, sampled_by(batch, token))
+
+    def limits_hold(self, batch: Batch) -> None:
+        num_tokens = sum(entry.num_tokens for entry in batch.scheduled)
+        assert num_tokens <= self.limits["max_batch_tokens"]
+        assert all(entry.num_tokens > 0 for entry in batch.scheduled)
+        assert bool(batch.scheduled) == bool(self.scheduler.running)
+        lone = [entry.num_tokens == 1 for entry in batch.scheduled]
+        assert sorted(lone, reverse=True) == lone
+        decodes = sum(entry.sequence.num_uncomputed == 1 for entry in batch.scheduled)
+        if decodes:
+            assert num_tokens - decodes <= self.limits["max_prefill_tokens"]
+
+    @invariant()
+    def everything_agrees(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+            finished = [s for s in self.added.values() if s.state is SequenceState.FINISHED]
+            assert len(self.added) == len(finished) + len(self.scheduler)
+            assert all(sequence.finish_reason is not None for sequence in finished)
+
+    def teardown(self) -> None:
+        """With every adapter at hand, everyone ends in time, with exactly what was asked for."""
+        if not hasattr(self, "scheduler"):
+            return
+        alive = [*self.scheduler.waiting, *self.scheduler.running]
+        for _ in range(sum(4 * (len(s.tokens) + s.sampling.max_tokens) + 20 for s in alive)):
+            if not self.scheduler:
+                break
+            self.engine.loaded |= {ref.digest for ref in self.scheduler.wanted_adapters()}
+            self.step(5)
+            self.scheduler.check()
+        assert len(self.scheduler) == 0
+        for sequence in self.added.values():
+            if sequence.finish_reason is FinishReason.LENGTH:
+                full = len(sequence.tokens) == MAX_MODEL_LEN
+                assert sequence.num_generated == sequence.sampling.max_tokens or full
+
+
+TestAnyHistory = AnyHistory.TestCase
+TestAnyHistory.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
