@@ -22,7 +22,7 @@ lint: $(VENV)/dev.stamp types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 wheel: $(VENV)/dev.stamp
 	rm -rf dist && $(BIN)/python -m build --wheel
