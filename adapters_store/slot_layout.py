@@ -1,13 +1,15 @@
-"""Where an adapter's matrices lie in a slot: one flat run of numbers, the same in a prepared file and on a device.
+"""Where an adapter's matrices lie in a slot: one flat run of numbers, in a prepared file and on a device.
 
 A slot of rank class R is ``R * features`` numbers, where ``features`` counts the inputs and outputs of all
-linear layers. Layers are taken by parent module, in the manifest's order: first the A of each sibling (``[R,
-in]``), then the B of each (``[R, out]``, scaled). So siblings that read the same input (q, k and v; gate and
-up) have one A ``[3R, in]``. Rows above an adapter's own rank are zero, and so is a layer that it doesn't target.
+linear layers. Layers are taken by parent module, in the manifest's order: first the A of each sibling
+(``[R, in]``), then the B of each (``[R, out]``, scaled). So siblings that read the same input (q, k and v;
+gate and up) have one A ``[3R, in]``. Rows above an adapter's own rank are zero, as is a layer that it doesn't
+target.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
@@ -53,20 +55,36 @@ class SlotLayout:
             starts[matrix.path, matrix.kind] = self.features
             self.features += matrix.features
         self._places = {path: Place(starts[path, "A"], starts[path, "B"]) for path in linears}
+        self._runs: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {}
+        self._columns: dict[tuple[str, ...], dict[str, slice]] = {}
 
     def place(self, path: str) -> Place:
         return self._places[path]
 
-    def runs(self, paths: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """The same layers in the order of the layout, cut where their A's are no longer one block."""
+    def runs(self, paths: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+        """The same layers in the order of the layout, cut where their A's are not one block."""
+        if paths not in self._runs:
+            self._runs[paths] = tuple(self._cut(paths))
+        return self._runs[paths]
+
+    def columns(self, paths: tuple[str, ...]) -> dict[str, slice]:
+        """Where each layer's outputs are when those of ``paths`` stand one after another."""
+        if paths not in self._columns:
+            ends = list(itertools.accumulate(self.linears[path].out_features for path in paths))
+            spans = zip([0, *ends], ends, strict=False)
+            self._columns[paths] = {path: slice(*span) for path, span in zip(paths, spans, strict=True)}
+        return self._columns[paths]
+
+    def _cut(self, paths: tuple[str, ...]) -> list[tuple[str, ...]]:
         runs: list[tuple[str, ...]] = []
         end = -1
         for path in sorted(paths, key=lambda path: self._places[path].a_start):
-            if self._places[path].a_start == end:
+            start = self._places[path].a_start
+            if start == end:
                 runs[-1] += (path,)
             else:
                 runs.append((path,))
-            end = self._places[path].a_start + self.linears[path].in_features
+            end = start + self.linears[path].in_features
         return runs
 
 

@@ -23,7 +23,13 @@ from tunefleet.adapters_store.flights import Fetched, Flight, FlightAbandoned
 from tunefleet.adapters_store.holds import Holds
 from tunefleet.adapters_store.host_tier import HostTier
 from tunefleet.adapters_store.objects import DISK_FULL, ObjectStore
-from tunefleet.adapters_store.prepare import PreparedDtype, prepare_adapter, prepared_bytes
+from tunefleet.adapters_store.prepare import (
+    PreparedDtype,
+    max_prepared_bytes,
+    prepare_adapter,
+    prepared_bytes,
+)
+from tunefleet.adapters_store.slot_layout import SlotLayout
 from tunefleet.adapters_store.threads import Runner
 from tunefleet.core import AdapterRef, Manifest, PinTier
 from tunefleet.errors import AdapterInvalid, AdapterLoadFailed, InvalidState, StoreError
@@ -35,7 +41,6 @@ FORGET_WAIT_S = 5.0
 NUM_TRANSFERS = 8
 NUM_LOADS = 2
 
-_HEADER_BYTES = 1024  # a prepared file's header is no longer than an upload's, but for the digest
 _BAD_OBJECTS = {"object_corrupt": "adapter_corrupt", "object_not_found": "adapter_lost"}
 
 log = logging.getLogger("tunefleet.tiers")
@@ -75,6 +80,7 @@ class Tiers:
     ) -> None:
         self._objects = objects
         self._manifest = manifest
+        self._layout = SlotLayout(manifest.linears)
         self._dtype: PreparedDtype = dtype
         self._clock = clock
         self._fetch_wait_s = fetch_wait_s
@@ -278,10 +284,12 @@ class Tiers:
             return self._clock() - began
         disk, written = self._disk.path(digest), self._host.new_path()
         with self._booking(self._host, flight):
-            size = prepared_bytes(checked, self._dtype)
+            size = prepared_bytes(checked, self._layout, self._dtype)
             await self._host.book(digest, size, self._is_needed_on_host)
             flight.check()
-            await self._prepare(lambda: prepare_adapter(disk, checked, written, dtype=self._dtype))
+            await self._prepare(
+                lambda: prepare_adapter(disk, checked, written, layout=self._layout, dtype=self._dtype)
+            )
             if flight.is_abandoned:
                 await self._host.remove([written])
             flight.check()
@@ -307,10 +315,9 @@ class Tiers:
         return digest in self._flights or digest in self._pins or self._holds.tier(digest) == "host"
 
     def _prepared_bytes(self, ref: AdapterRef) -> int:
-        """Of a prepared file: as it is, or an upper bound (an upload has at least two bytes per value)."""
+        """Of a prepared file: as it is, or at most."""
         known = self._host.size_of(ref.digest)
-        bound = ref.size_bytes * (2 if self._dtype == "float32" else 1) + _HEADER_BYTES
-        return bound if known is None else known
+        return max_prepared_bytes(ref.rank, self._layout, self._dtype) if known is None else known
 
 
 def _failure(ref: AdapterRef, error: Exception) -> AdapterLoadFailed:
