@@ -22,13 +22,48 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     num_adapters: int = 0  # most adapters in such a step
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole answer."""
+class TopLogprob(msgspec.Struct, frozen=True):
+    """A token that was likely at one place of an answer; a model's own probability, before any cuts."""
 
+    token: str  # its text; what is only a part of a character as \\xf0\\x9f
+    logprob: float  # natural logarithm; -9999.0: impossible
+    bytes: tuple[int, ...] | None  # None: a control token, which writes nothing
+
+
+class Logprob(TopLogprob, frozen=True):
+    """The token that was chosen. The bytes of all of them are the answer's text, up to a stop string."""
+
+    top_logprobs: tuple[TopLogprob, ...] = ()  # as many as were asked for, likeliest first
+    text_offset: int | None = None  # characters of the text before the token's; chats over HTTP don't tell
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the ``n`` answers to a request."""
+
+    index: int
     text: str
     finish_reason: FinishReason
-    usage: Usage
+    logprobs: tuple[Logprob, ...] | None = None  # None: not asked for
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole answer: ``n`` choices, of which the first is what is read where one is expected."""
+
+    choices: tuple[Choice, ...]  # by index
+    usage: Usage  # of all choices; the prompt counts once
     served: Served
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[Logprob, ...] | None:
+        return self.choices[0].logprobs
 
     @property
     def request_id(self) -> str:
@@ -55,7 +90,9 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of a streamed answer. The last one has all but text, and its text may be empty."""
 
     text: str
-    finish_reason: FinishReason | None = None
+    index: int = 0  # of the choice that goes on
+    logprobs: tuple[Logprob, ...] | None = None  # of the tokens whose text begins here; None: not asked for
+    finish_reason: FinishReason | None = None  # with the last piece of each choice
     usage: Usage | None = None
     served: Served | None = None
 

@@ -22,9 +22,13 @@ class Asking(TypedDict, total=False):
     temperature: float  # 1.0; 0 is greedy
     top_p: float  # 1.0: off
     top_k: int  # 0: off
+    min_p: float  # 0: off; least probability, as a part of the likeliest token's
+    n: int  # 1; so many answers
     seed: int  # random
     stop: str | Sequence[str]
     ignore_eos: bool
+    logprobs: bool | int  # of chats: True; of completions: how many alternatives with each
+    top_logprobs: int  # of chats: how many alternatives with each
 
 
 _HEADERS = {"name", "version", "fallback", "session_id"}

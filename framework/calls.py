@@ -178,7 +178,8 @@ def chat(
 
 
 def complete(user_id: str | None, prompt: str | Sequence[int], asking: Asking) -> Call[Answer]:
-    return _ask("/v1/completions", user_id, {"prompt": prompt}, asking, stream=False)
+    call = _ask("/v1/completions", user_id, {"prompt": prompt}, asking, stream=False)
+    return dataclasses.replace(call, parse=lambda content: parse_answer(content, asking.get("logprobs")))
 
 
 def _ask(

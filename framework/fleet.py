@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from tunefleet.adapters_store.store import AdapterStore
-    from tunefleet.generation import Generation, Generations
+    from tunefleet.generation import Generation
+    from tunefleet.generations import Generations
     from tunefleet.runtime.dispatch import Dispatcher
     from tunefleet.text import Tokenizer
 
@@ -272,7 +273,7 @@ async def _open_parts(options: config.Options) -> FleetParts:
 
 
 def _generations(options: config.Options, parts: FleetParts) -> Generations:
-    from tunefleet.generation import Generations
+    from tunefleet.generations import Generations
 
     return Generations(
         options=options,

@@ -13,6 +13,9 @@ from tunefleet.errors import RequestInvalid
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+MAX_CHOICES = 16  # n: each is a sequence of its own
+MAX_TOP_LOGPROBS = 20  # OpenAI's limits: of chats
+MAX_LOGPROBS = 5  # and of completions
 
 # Parameters of OpenAI's API that change nothing at these values. null always counts as not given.
 _NO_OPS: dict[str, tuple[object, ...]] = {
@@ -23,10 +26,7 @@ _NO_OPS: dict[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
     "modalities": (["text"],),
-    "n": (1,),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "presence_penalty": (0,),
@@ -75,13 +75,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What both routes take. ``top_k`` and ``ignore_eos`` are extensions."""
+    """What both routes take. ``top_k``, ``min_p`` and ``ignore_eos`` are extensions."""
 
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=1_000_000)] | None = None  # 0 and -1: off
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
@@ -104,16 +106,29 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class ChatRequest(InferenceRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives beside each token's own logprob; None: no logprobs."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(InferenceRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``prompt`` is one text, a list of one text, or token ids. Control tokens in a text count."""
 
     prompt: str | list[str | int]
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives beside each token's own logprob; None: no logprobs."""
+        return self.logprobs
 
     @property
     def text_or_ids(self) -> str | list[int]:
@@ -208,5 +223,7 @@ def _check_limits(request: ChatRequest | CompletionRequest) -> None:
         raise RequestInvalid(
             "max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens"
         )
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
+        raise RequestInvalid("top_logprobs needs logprobs: true", param="top_logprobs")
     if request.stream_options is not None and not request.stream:
         raise RequestInvalid("stream_options needs stream: true", param="stream_options")

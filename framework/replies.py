@@ -7,7 +7,7 @@ from typing import Generic, NoReturn, TypeVar
 
 import msgspec
 
-from tunefleet.answers import Answer, Chunk, Served
+from tunefleet.answers import Answer, Choice, Chunk, Logprob, Served, TopLogprob
 from tunefleet.core import FinishReason, Usage
 from tunefleet.errors import (
     AdapterConflict,
@@ -30,7 +30,7 @@ class EventReader:
 
     def __init__(self) -> None:
         self._buffer = b""
-        self._reason: FinishReason | None = None
+        self._ended: Chunk | None = None  # of the choice that ended last: the very last one says more
         self._done = False
 
     def feed(self, content: bytes) -> Iterator[Chunk]:
@@ -55,13 +55,20 @@ class EventReader:
         if chunk.error is not None:
             raise _error(500, chunk.error, None)
         for choice in chunk.choices:
-            self._reason = choice.finish_reason or self._reason
-            if choice.delta.content:
-                yield Chunk(text=choice.delta.content)
-        if chunk.tunefleet is not None and chunk.usage is not None:
-            yield Chunk(
-                text="", finish_reason=self._reason, usage=chunk.usage.plain(), served=chunk.tunefleet
-            )
+            yield from self._read_choice(choice)
+        if chunk.tunefleet is not None and chunk.usage is not None and self._ended is not None:
+            yield msgspec.structs.replace(self._ended, usage=chunk.usage.plain(), served=chunk.tunefleet)
+
+    def _read_choice(self, choice: _Choice) -> Iterator[Chunk]:
+        logprobs = choice.logprobs.plain() if choice.logprobs else None
+        chunk = Chunk(text=choice.delta.content, index=choice.index, logprobs=logprobs)
+        if self._ended is not None:
+            yield self._ended
+            self._ended = None
+        if chunk.text or chunk.logprobs:
+            yield chunk
+        if choice.finish_reason is not None:
+            self._ended = Chunk(text="", index=choice.index, finish_reason=choice.finish_reason)
 
 
 def raise_for(status_code: int, content: bytes, retry_after: str | None) -> NoReturn:
@@ -73,17 +80,23 @@ def raise_for(status_code: int, content: bytes, retry_after: str | None) -> NoRe
     raise _error(status_code, problem, retry_after)
 
 
-def parse_answer(content: bytes) -> Answer:
+def parse_answer(content: bytes, num_top: int | None = None) -> Answer:
+    """
+    Args:
+        num_top: alternatives that a completion asked for; its answer has the chosen token among them too.
+    """
     body = msgspec.json.decode(content, type=_Body)
-    choice = body.choices[0]
-    if body.usage is None or body.tunefleet is None or choice.finish_reason is None:
-        raise ReplicaError("the server's answer is not tunefleet's", code="not_tunefleet")
+    if body.usage is None or body.tunefleet is None or not body.choices:
+        raise _not_ours()
     return Answer(
-        text=choice.message.content if choice.message else choice.text,
-        finish_reason=choice.finish_reason,
+        choices=tuple(choice.plain(num_top) for choice in body.choices),
         usage=body.usage.plain(),
         served=body.tunefleet,
     )
+
+
+def _not_ours() -> ReplicaError:
+    return ReplicaError("the server's answer is not tunefleet's", code="not_tunefleet")
 
 
 def decoder(kind: type[T]) -> Callable[[bytes], T]:
@@ -112,11 +125,60 @@ class _Content(msgspec.Struct):
     content: str = ""
 
 
+class _Logprobs(msgspec.Struct):
+    """Of chats: ``content``; of completions: the others, which run side by side."""
+
+    content: tuple[Logprob, ...] | None = None
+    tokens: list[str] = []
+    token_logprobs: list[float] = []
+    top_logprobs: list[dict[str, float]] = []
+    text_offset: list[int] = []
+
+    def plain(self, num_top: int | None = None) -> tuple[Logprob, ...]:
+        if self.content is not None:
+            return self.content
+        columns = zip(self.tokens, self.token_logprobs, self.top_logprobs, self.text_offset, strict=True)
+        return tuple(
+            Logprob(_name(token), logprob, _written(token), tuple(_tops(top)[:num_top]), offset)
+            for token, logprob, top, offset in columns
+        )
+
+
+_BYTES = "bytes:"
+
+
+def _tops(tops: dict[str, float]) -> list[TopLogprob]:
+    return [TopLogprob(_name(token), logprob, _written(token)) for token, logprob in tops.items()]
+
+
+def _name(token: str) -> str:
+    return token.removeprefix(_BYTES)
+
+
+def _written(token: str) -> tuple[int, ...]:
+    """Completions tell no bytes but those of a token that is no text."""
+    if token.startswith(_BYTES):
+        return tuple(bytes.fromhex(_name(token).replace("\\x", "")))
+    return tuple(token.encode())
+
+
 class _Choice(msgspec.Struct):
     finish_reason: FinishReason | None
+    index: int = 0
     message: _Content | None = None  # chat
     text: str = ""  # completion
     delta: _Content = msgspec.field(default_factory=_Content)  # stream
+    logprobs: _Logprobs | None = None
+
+    def plain(self, num_top: int | None) -> Choice:
+        if self.finish_reason is None:
+            raise _not_ours()
+        return Choice(
+            index=self.index,
+            text=self.message.content if self.message else self.text,
+            finish_reason=self.finish_reason,
+            logprobs=self.logprobs.plain(num_top) if self.logprobs else None,
+        )
 
 
 class _Problem(msgspec.Struct):

@@ -12,6 +12,7 @@ import tokenizers
 from tunefleet.chat_template import ChatTemplate
 from tunefleet.control_tokens import ControlTokens
 from tunefleet.errors import BaseModelError, RequestInvalid
+from tunefleet.token_bytes import TokenBytes
 
 
 class Tokenizer:
@@ -33,6 +34,7 @@ class Tokenizer:
         source = _template_source(folder, config)
         self._template = ChatTemplate(source, _special_tokens(config)) if source else None
         self._control = ControlTokens(self._tokenizer, self._template.literals if self._template else ())
+        self.token_bytes = TokenBytes(self._tokenizer)
         self.max_token_chars = max(map(len, self._tokenizer.get_vocab()))
 
     def encode(self, text: str) -> list[int]:
@@ -105,6 +107,11 @@ class Detokenizer:
         self._window: list[int] = []
         self._num_whole = 0  # ids at the window's beginning whose text was whole
         self._num_sent = 0  # characters of the window's text that are given out
+
+    @property
+    def is_whole(self) -> bool:
+        """All text so far is given out: the last token ended a character."""
+        return self._num_whole == len(self._window)
 
     def push(self, token: int) -> str:
         """The text that this token makes certain, maybe none."""

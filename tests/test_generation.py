@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from router_kit import HELLO, Kit, run_async
+from tunefleet.choices import TextDelta
 from tunefleet.core import ColdStart, FinishReason
 from tunefleet.errors import AdapterNotFound, CapacityError, ReplicaError, RequestInvalid
-from tunefleet.generation import Generation, Generations
+from tunefleet.generation import Generation
+from tunefleet.generations import Generations
 from tunefleet.messages import Progress, Submit, Timing
 from tunefleet.openai_api import ChatRequest, CompletionRequest, parse_request
 from tunefleet.runtime.fakes import FakeDispatcher, FakeRun
@@ -195,7 +197,7 @@ async def test_the_first_delta_comes_with_the_first_token_though_it_makes_no_tex
     answering(kit, "🎉")
     kit.dispatcher.gate = asyncio.Semaphore(1)
     async with kit.fleet() as fleet, await fleet.generations.start(BASE, chat()) as generation:
-        assert await anext(aiter(generation)) == ("", None)
+        assert await anext(aiter(generation)) == TextDelta("", None)
         assert generation.timing["first_token"] > 0
 
 

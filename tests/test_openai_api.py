@@ -24,10 +24,10 @@ def refusal(**fields: Any) -> RequestInvalid:
 @pytest.mark.parametrize(
     "field",
     [
-        {"n": 1},
         {"frequency_penalty": 0.0},
         {"presence_penalty": 0},
-        {"logprobs": False},
+        {"n": None},
+        {"top_logprobs": None},
         {"logit_bias": {}},
         {"store": False},
         {"metadata": {"run": "1"}},
@@ -46,13 +46,13 @@ def test_what_changes_nothing_is_accepted(field: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"n": 2},
-        {"n": True},
         {"frequency_penalty": 0.5},
-        {"logprobs": True},
+        {"presence_penalty": -0.1},
+        {"repetition_penalty": 1.1},
         {"logit_bias": {"5": 100}},
         {"tools": [{"type": "function"}]},
         {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
         {"chat_template": "{{ evil }}"},
         {"chat_template_kwargs": {}},
         {"best_of": 3},
@@ -81,6 +81,25 @@ def test_what_would_be_dropped_is_refused_by_name(field: dict[str, Any]) -> None
         ({"top_p": 0}, "top_p"),
         ({"top_p": 2}, "top_p"),
         ({"top_k": -2}, "top_k"),
+        ({"min_p": float("nan")}, "min_p"),
+        ({"min_p": -1}, "min_p"),
+        ({"min_p": 2}, "min_p"),
+        ({"n": 0}, "n"),
+        ({"n": -1}, "n"),
+        ({"n": 1_000_000}, "n"),
+        ({"n": 10**30}, "n"),
+        ({"n": "2"}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"n": 2.0}, "n"),
+        ({"n": True}, "n"),
+        ({"max_tokens": "2"}, "max_tokens"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"logprobs": "true"}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
         ({"seed": 2**63}, "seed"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": ""}, "stop"),
@@ -106,6 +125,33 @@ def test_a_bad_value_is_refused_with_its_place(field: dict[str, Any], param: str
     error = refusal(**field)
     assert error.param is not None
     assert error.param.startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("field", "limit"),
+    [({"n": 17}, "16"), ({"logprobs": True, "top_logprobs": 21}, "20"), ({"min_p": 2}, "1")],
+)
+def test_a_number_out_of_range_is_told_the_limit(field: dict[str, Any], limit: str) -> None:
+    assert limit in refusal(**field).message
+
+
+def test_a_chats_logprobs_are_a_switch_and_a_number() -> None:
+    assert chat().num_logprobs is None
+    assert chat(logprobs=False, top_logprobs=0).num_logprobs is None
+    assert chat(logprobs=True).num_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=20).num_logprobs == 20
+
+
+def test_a_completions_logprobs_are_a_number() -> None:
+    for value in (None, 0, 5):
+        assert parse_request(CompletionRequest, {"prompt": "x", "logprobs": value}).num_logprobs == value
+    for bad in (6, -1, True, "1", 1.5):
+        with pytest.raises(RequestInvalid) as caught:
+            parse_request(CompletionRequest, {"prompt": "x", "logprobs": bad})
+        assert caught.value.param == "logprobs"
+    with pytest.raises(RequestInvalid) as caught:
+        parse_request(CompletionRequest, {"prompt": "x", "top_logprobs": 3})
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "top_logprobs")
 
 
 def test_a_missing_field_is_named() -> None:

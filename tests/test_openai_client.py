@@ -113,8 +113,8 @@ def test_refusals_are_the_clients_own_errors(server: Server, client: openai.Open
         client.chat.completions.create(model="user:bob", messages=MESSAGES)
     assert missing.value.code == "adapter_not_found"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(model="tiny", messages=MESSAGES, n=2)
-    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "n")
+        client.chat.completions.create(model="tiny", messages=MESSAGES, presence_penalty=1)
+    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "presence_penalty")
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"adapter_id": "x"})
     with pytest.raises(openai.AuthenticationError):

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunefleet.errors import RequestInvalid
-from tunefleet.generation import new_request_id
+from tunefleet.generations import new_request_id
 from tunefleet.http.errors import error_response, unexpected_response
 
 _log = logging.getLogger("tunefleet.http")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
 import msgspec
@@ -13,9 +13,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tunefleet.auth import Caller
+from tunefleet.choices import TextDelta
 from tunefleet.core import ColdStart
 from tunefleet.errors import RequestInvalid, TunefleetError
-from tunefleet.generation import Generation, TextDelta
+from tunefleet.generation import Generation
 from tunefleet.http.bodies import JSON, integer, read_json
 from tunefleet.http.boundary import request_id_of
 from tunefleet.http.errors import error_body, unexpected_body
@@ -146,14 +147,11 @@ class _EventStream(StreamingResponse):
             while not self._first.done():
                 yield f": waiting stage={self._generation.waits_for}\n\n".encode()
                 await asyncio.wait({self._first}, timeout=self._patience_s)
-            delta = await self._first
-            yield b"".join(map(_event, self._shape.opening())) + self._text(delta)
-            if delta.finish_reason is None:
-                async for delta in self._generation:
-                    if delta.text:
-                        yield self._text(delta)
-            assert delta.finish_reason is not None  # a generation ends with one, or raises
-            yield b"".join(map(_event, self._shape.closing(delta.finish_reason))) + b"data: [DONE]\n\n"
+            first = await self._first
+            yield _events([*self._shape.opening(), *self._shape.pieces(first)])
+            async for delta in self._generation:
+                yield _events(self._shape.pieces(delta))
+            yield b"data: [DONE]\n\n"
         except TunefleetError as error:
             _log.warning("stream %s failed: %s", self._generation.accepted.request_id, error, exc_info=error)
             yield _event(error_body(error))
@@ -161,8 +159,9 @@ class _EventStream(StreamingResponse):
             _log.exception("stream %s failed", self._generation.accepted.request_id)
             yield _event(unexpected_body(self._generation.accepted.request_id))
 
-    def _text(self, delta: TextDelta) -> bytes:
-        return _event(self._shape.text(delta.text)) if delta.text else b""
+
+def _events(values: Iterable[object]) -> bytes:
+    return b"".join(map(_event, values))
 
 
 def _event(value: object) -> bytes:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from tunefleet.auth import Caller
 from tunefleet.core import DEFAULT_ADAPTER, ReplicaInfo, User
 from tunefleet.errors import AdapterNotFound, RequestInvalid
-from tunefleet.generation import model_name
+from tunefleet.generations import model_name
 from tunefleet.http.bodies import JSON, page_of, read_json
 from tunefleet.openai_api import convert
 from tunefleet.target import choose_user
