@@ -1,4 +1,4 @@
-"""The adapters' memory on a device: one arena within a byte budget, shared by the slots of all rank classes."""
+"""The adapters' memory on a device: one arena within a byte budget, shared by all rank classes."""
 
 from __future__ import annotations
 

@@ -124,13 +124,12 @@ class TorchLora:
     def _group(self, rank_class: int, rows: Mapping[int, list[int]]) -> None:
         """Ranges over the slots of a class; a slot with far more tokens than the others is a segment."""
         width = _cheapest_width([len(own) for own in rows.values()])
-        for index, own in rows.items():
-            if len(own) > width:
-                self._add_segment(Slot(rank_class, index), self._index(own))
-        indexes = sorted(index for index, own in rows.items() if len(own) <= width)
+        batched = {index: own for index, own in rows.items() if len(own) <= width}
+        for index in rows.keys() - batched.keys():
+            self._add_segment(Slot(rank_class, index), self._index(rows[index]))
         max_gap = max_gap_of(self._banks.layout, rank_class, self._banks.dtype, self._device)
-        for slots in compact_ranges(indexes, max_gap):
-            self.ranges.append(self._range(rank_class, slots, rows))
+        for slots in compact_ranges(sorted(batched), max_gap):
+            self.ranges.append(self._range(rank_class, slots, batched))
 
     def _range(self, rank_class: int, slots: range, rows: Mapping[int, list[int]]) -> Range:
         own = [rows.get(index, []) for index in slots]

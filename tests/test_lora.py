@@ -1,205 +1,225 @@
-"""Stacked LoRA: each token gets its own adapter's addition, whatever shares the step."""
+"""Each token gets its own adapter's addition, whatever shares the step with it."""
 
 from __future__ import annotations
 
-import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tunefleet.core import LinearSpec
+from lora_kit import (
+    CPU,
+    LAYOUT,
+    LINEARS,
+    Weights,
+    added_by,
+    fill,
+    new_banks,
+    prepared_of,
+    random_weights,
+)
+from tunefleet.adapters_store.slot_layout import rank_class_of
+from tunefleet.errors import InvalidState
+from tunefleet.runtime.banks import Banks
 from tunefleet.runtime.lora import (
-    Banks,
     LoraLayer,
     LoraPlan,
-    _compact_ranges,
+    current_plan,
     lora_plan,
     plan_adapters,
     wrap_linears,
 )
-from tunefleet.runtime.slots import Slot, rank_class_of
+from tunefleet.runtime.lora_products import TorchLora, compact_ranges, max_gap_of
+from tunefleet.runtime.slots import Slot
 
-LINEARS = {"q": LinearSpec(12, 10), "down": LinearSpec(20, 12), "up": LinearSpec(12, 20)}
-CPU = torch.device("cpu")
-Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]
+NUM_PAGES = 48
+TOGETHER = [  # paths that a layer adds at once
+    *[(path,) for path in LINEARS],
+    ("0.attn.q", "0.attn.k", "0.attn.v"),
+    ("0.attn.v", "0.attn.q", "0.attn.k"),  # not in the layout's order
+    ("0.attn.q", "0.attn.v"),  # not side by side
+    ("0.attn.o", "0.mlp.up"),  # of two parents
+]
 
 
-class Filled(NamedTuple):
+class Resident(NamedTuple):
     slot: Slot
     weights: Weights
 
 
-def random_weights(generator: torch.Generator, rank: int, paths: list[str]) -> Weights:
-    """Per layer ``A [r, in]`` and ``B [r, out]``; ranks differ per layer, up to ``rank``."""
-    weights = {}
-    for number, path in enumerate(paths):
-        r = max(1, rank - number)
-        spec = LINEARS[path]
-        weights[path] = (
-            torch.randn(r, spec.in_features, generator=generator),
-            torch.randn(r, spec.out_features, generator=generator),
-        )
-    return weights
+class Share(NamedTuple):
+    """What one sequence has in a step."""
+
+    adapter: int | None
+    num_tokens: int
 
 
-def fill_randomly(banks: Banks, seed: int) -> list[Filled]:
-    """Adapters of three rank classes in scattered slots, with layers of their own choice."""
-    generator, choice = torch.Generator().manual_seed(seed), random.Random(seed)
-    filled = []
-    for rank_class in (8, 16, 64):
-        for index in choice.sample(range(14), choice.randrange(1, 7)):
-            rank = choice.randrange(1 if rank_class == 8 else rank_class // 2 + 1, rank_class + 1)
-            paths = choice.sample(sorted(LINEARS), choice.randrange(1, 4))
-            weights = random_weights(generator, rank, paths)
-            slot = Slot(rank_class_of(rank), index)
-            banks.fill(slot, weights)
-            filled.append(Filled(slot, weights))
-    return filled
+def resident(slot: Slot, seed: int, ranks: dict[str, int]) -> Resident:
+    return Resident(slot, random_weights(seed, ranks))
 
 
-def naive(path: str, x: torch.Tensor, y: torch.Tensor, owners: list[Weights | None]) -> torch.Tensor:
-    """Token by token, in fp64."""
-    answer = y.double().clone()
-    for token, weights in enumerate(owners):
-        if weights is not None and path in weights:
-            a, b = weights[path]
-            answer[token] += b.double().T @ (a.double() @ x[token].double())
-    return answer
+@st.composite
+def residents(draw: st.DrawFn) -> list[Resident]:
+    """Adapters of mixed ranks on layers of their own choice, in scattered slots."""
+    taken: set[int] = set()
+    found = []
+    for seed in range(draw(st.integers(1, 8))):
+        ranks = draw(st.dictionaries(st.sampled_from(sorted(LINEARS)), st.integers(1, 64), min_size=1))
+        rank_class = rank_class_of(max(ranks.values()))
+        slot = Slot(rank_class, draw(st.integers(0, NUM_PAGES * 8 // rank_class - 1)))
+        if taken.isdisjoint(slot.pages):
+            taken.update(slot.pages)
+            found.append(resident(slot, seed, ranks))
+    return found
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize(
-    ("slots_dtype", "dtype", "tolerance"),
-    [
-        (torch.float32, torch.float32, 1e-5),
-        (torch.float32, torch.bfloat16, 2e-2),
-        (torch.bfloat16, torch.bfloat16, 4e-2),
-    ],
-)
-def test_any_mix_of_slots_ranks_and_segments_equals_a_loop_over_tokens(
-    seed: int, slots_dtype: torch.dtype, dtype: torch.dtype, tolerance: float
-) -> None:
-    banks = Banks(LINEARS, slots_dtype, CPU)
-    filled = fill_randomly(banks, seed)
-    choice = random.Random(seed)
-    tokens: list[tuple[Slot, int, int]] = []
-    owners: list[Weights | None] = []
-    for _ in range(choice.randrange(1, 25)):
-        adapter = choice.choice([*filled, None, None])
-        num_tokens = choice.choice([1, 1, 1, 1, 2, 9])
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[Resident], list[Share]]:
+    adapters = draw(residents())
+    adapter = st.one_of(st.none(), st.integers(0, len(adapters) - 1))
+    num_tokens = st.sampled_from([1, 1, 1, 2, 9])
+    shares = draw(st.lists(st.builds(Share, adapter, num_tokens), min_size=1, max_size=16))
+    crowd = [Share(draw(adapter), 1)] * draw(st.sampled_from([0, 0, 60]))
+    return adapters, draw(st.permutations([*shares, *crowd]))
+
+
+def filled(adapters: Sequence[Resident], dtype: torch.dtype = torch.float32) -> Banks:
+    banks = new_banks(NUM_PAGES, dtype)
+    for slot, weights in adapters:
+        fill(banks, slot, prepared_of(weights))
+    return banks
+
+
+def plan_of(banks: Banks, adapters: Sequence[Resident], shares: Sequence[Share]) -> LoraPlan | None:
+    tokens, first = [], 0
+    for adapter, num_tokens in shares:
         if adapter is not None:
-            tokens.append((adapter.slot, len(owners), num_tokens))
-        owners += [adapter.weights if adapter else None] * num_tokens
-    plan = plan_adapters(tokens, banks, CPU) or LoraPlan((), ())
-    generator = torch.Generator().manual_seed(seed)
-    for path, spec in LINEARS.items():
-        x = torch.randn(len(owners), spec.in_features, generator=generator).to(dtype)
-        y = torch.randn(len(owners), spec.out_features, generator=generator).to(dtype)
-        expected = naive(path, x, y, owners)
-        plan.add(path, x, y)
-        worst = (expected - y.double()).abs().max() / expected.abs().max()
+            tokens.append((adapters[adapter].slot, first, num_tokens))
+        first += num_tokens
+    return plan_adapters(tokens, banks, CPU)
+
+
+def assert_each_token_has_its_own(
+    adapters: Sequence[Resident],
+    shares: Sequence[Share],
+    paths: tuple[str, ...],
+    dtype: torch.dtype = torch.float32,
+    arena: torch.dtype = torch.float32,
+    tolerance: float = 1e-5,
+) -> None:
+    plan = plan_of(filled(adapters, arena), adapters, shares)
+    owners = [adapter for adapter, num_tokens in shares for _ in range(num_tokens)]
+    generator = torch.Generator().manual_seed(len(owners))
+    x = torch.randn(len(owners), LINEARS[paths[0]].in_features, generator=generator).to(dtype)
+    y = torch.randn(len(owners), sum(LINEARS[p].out_features for p in paths), generator=generator).to(dtype)
+    before = y.clone()
+    if plan is not None:
+        plan.add(paths, x, y)
+    for token, owner in enumerate(owners):
+        weights = None if owner is None else adapters[owner].weights
+        if owner is None:
+            assert torch.equal(before[token], y[token])
+        expected = before[token].double() + added_by(weights, paths, x[token])
+        worst = (expected - y[token].double()).abs().max() / expected.abs().max()
         assert float(worst) < tolerance
 
 
-def test_several_sequences_of_one_adapter_and_gaps_between_slots() -> None:
-    """Slots 0, 3 and 9 with two, one and three tokens, out of order: ranges of unequal width."""
-    banks = Banks(LINEARS, torch.float32, CPU)
-    weights = {
-        index: random_weights(torch.Generator().manual_seed(index), 8, ["q"]) for index in (0, 1, 3, 9)
-    }
-    for index, item in weights.items():
-        banks.fill(Slot(8, index), item)
-    order = [9, 0, 3, 9, 0, 9]
-    plan = plan_adapters([(Slot(8, index), place, 1) for place, index in enumerate(order)], banks, CPU)
-    assert plan is not None
-    x, y = torch.randn(6, 12), torch.zeros(6, 10)
-    expected = naive("q", x, y, [weights[index] for index in order])
-    plan.add("q", x, y)
-    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+@given(steps(), st.sampled_from(TOGETHER))
+@settings(max_examples=150, deadline=None)
+def test_any_mix_of_slots_ranks_and_segments_equals_a_loop_over_tokens(
+    step: tuple[list[Resident], list[Share]], paths: tuple[str, ...]
+) -> None:
+    """The other slots, those in the middle of a range too, hold NaN."""
+    assert_each_token_has_its_own(*step, paths)
+
+
+@given(steps(), st.sampled_from(TOGETHER), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=50, deadline=None)
+def test_half_precision_is_that_of_the_base(
+    step: tuple[list[Resident], list[Share]], paths: tuple[str, ...], arena: torch.dtype
+) -> None:
+    assert_each_token_has_its_own(*step, paths, torch.bfloat16, arena, tolerance=5e-2)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 0, 3, 1, 3], [2] * 20, [0] * 9 + [1, 2, 3] * 40])
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3], [40, 3, 9, 0]])
+def test_decodes_of_several_sequences_per_adapter_in_any_order(order: list[int], slots: list[int]) -> None:
+    adapters = [resident(Slot(8, slot), slot, {"0.attn.q": 8, "0.attn.v": 3}) for slot in slots]
+    shares = [Share(adapter, 1) for adapter in order]
+    assert_each_token_has_its_own(adapters, shares, ("0.attn.q", "0.attn.k", "0.attn.v"))
+
+
+def test_one_slot_with_far_more_decodes_than_the_others_doesnt_widen_theirs() -> None:
+    adapters = [resident(Slot(8, slot), slot, {"0.attn.q": 8}) for slot in range(20)]
+    shares = [Share(adapter, 1) for adapter in [*range(20), *[7] * 20]]
+    tokens = [(adapters[share.adapter or 0].slot, row, 1) for row, share in enumerate(shares)]
+    kernel = TorchLora(tokens, filled(adapters), CPU)
+    assert [group.width for group in kernel.ranges] == [1]
+    assert [segment.slot for segment in kernel.segments] == [Slot(8, 7)]
+    assert_each_token_has_its_own(adapters, shares, ("0.attn.q",))
 
 
 def test_a_token_without_adapter_is_left_bit_for_bit() -> None:
-    banks = Banks(LINEARS, torch.float32, CPU)
-    banks.fill(Slot(8, 0), random_weights(torch.Generator().manual_seed(0), 8, ["q"]))
-    plan = plan_adapters([(Slot(8, 0), 1, 1), (Slot(8, 0), 3, 2)], banks, CPU)
+    adapters = [resident(Slot(8, 0), 0, {"0.attn.q": 8})]
+    plan = plan_of(filled(adapters), adapters, [Share(None, 1), Share(0, 1), Share(None, 1), Share(0, 2)])
     assert plan is not None
-    y = torch.randn(6, 10)
+    y = torch.randn(5, 12)
     before = y.clone()
-    plan.add("q", torch.randn(6, 12), y)
-    assert [bool((y[t] == before[t]).all()) for t in range(6)] == [True, False, True, False, False, True]
+    plan.add(("0.attn.q",), torch.randn(5, 12), y)
+    assert [bool((y[t] == before[t]).all()) for t in range(5)] == [True, False, True, False, False]
 
 
 def test_without_adapters_there_is_no_plan() -> None:
-    assert plan_adapters([], Banks(LINEARS, torch.float32, CPU), CPU) is None
+    assert plan_adapters([], new_banks(1), CPU) is None
 
 
-def test_numbers_that_are_none_stay_with_their_own_adapters_tokens() -> None:
-    """Also where the poisoned slot lies in the middle of a range and has no token in the step."""
-    banks = Banks(LINEARS, torch.float32, CPU)
-    for index in range(3):
-        banks.fill(Slot(8, index), random_weights(torch.Generator().manual_seed(index), 8, ["q"]))
-    for stack in banks.of(8).stack("q"):
-        stack[1] = float("nan")
-    for tokens, finite in (
-        ([(Slot(8, 0), 0, 1), (Slot(8, 2), 1, 1)], [True, True]),
-        ([(Slot(8, 0), 0, 1), (Slot(8, 1), 1, 1)], [True, False]),
-    ):
-        plan = plan_adapters(tokens, banks, CPU)
-        assert plan is not None
-        y = torch.zeros(2, 10)
-        plan.add("q", torch.randn(2, 12), y)
-        assert finite == torch.isfinite(y).all(dim=1).tolist()
+def test_a_layer_that_no_adapter_of_the_step_targets_costs_nothing() -> None:
+    calls: list[tuple[str, ...]] = []
+
+    class Counting:
+        def add(self, paths: tuple[str, ...], x: torch.Tensor, y: torch.Tensor) -> None:
+            calls.append(paths)
+
+    plan = LoraPlan(Counting(), frozenset({"q", "v"}))
+    for paths in (("k",), ("q",), ("o", "k"), ("q", "k", "v")):
+        plan.add(paths, torch.zeros(1, 1), torch.zeros(1, 1))
+    assert calls == [("q",), ("q", "k", "v")]
 
 
-def test_a_slot_that_is_filled_again_holds_nothing_of_what_it_held() -> None:
-    """Wide and everywhere first, then narrow and in one layer."""
-    banks = Banks(LINEARS, torch.float32, CPU)
-    slot = Slot(8, 0)
-    banks.fill(slot, random_weights(torch.Generator().manual_seed(0), 8, ["q", "up", "down"]))
-    narrow = random_weights(torch.Generator().manual_seed(1), 2, ["q"])
-    banks.fill(slot, narrow)
-    a, b = banks.of(8).stack("q")
-    assert torch.equal(a[0, :2], narrow["q"][0])
-    assert torch.equal(b[0, :2], narrow["q"][1])
-    assert not any(stack[0, 2:].any() for stack in (a, b))
-    assert not any(stack[0].any() for path in ("up", "down") for stack in banks.of(8).stack(path))
-    assert frozenset({"q"}) == banks.of(8).targets[0]
+def test_a_slot_that_is_not_wholly_filled_is_in_no_plan() -> None:
+    banks = new_banks(2)
+    banks.filling(Slot(8, 0), prepared_of(random_weights(0, {"0.attn.q": 8}))).copy(100)
+    with pytest.raises(InvalidState, match="not filled"):
+        plan_adapters([(Slot(8, 0), 0, 1)], banks, CPU)
 
 
-def test_an_emptied_slot_is_zeros_and_emptying_it_twice_is_fine() -> None:
-    banks = Banks(LINEARS, torch.float32, CPU)
-    for index in range(2):
-        banks.fill(Slot(8, index), random_weights(torch.Generator().manual_seed(index), 8, ["q"]))
-    kept = banks.of(8).stack("q")[0][1].clone()
-    banks.empty(Slot(8, 0))
-    banks.empty(Slot(8, 0))
-    assert not any(stack[0].any() for stack in banks.of(8).stack("q"))
-    assert torch.equal(kept, banks.of(8).stack("q")[0][1])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_numbers_that_are_none_stay_with_their_own_adapters_tokens(num_tokens: int) -> None:
+    adapters = [resident(Slot(8, index), index, {"0.attn.q": 8}) for index in range(3)]
+    banks = filled(adapters)
+    banks.values(Slot(8, 1)).fill_(float("nan"))
+    plan = plan_of(banks, adapters, [Share(index, num_tokens) for index in range(3)])
+    assert plan is not None
+    y = torch.zeros(3 * num_tokens, 12)
+    plan.add(("0.attn.q",), torch.randn(3 * num_tokens, 12), y)
+    assert torch.isfinite(y).all(dim=1).view(3, -1).tolist() == [
+        [True] * num_tokens,
+        [False] * num_tokens,
+        [True] * num_tokens,
+    ]
 
 
-def test_growing_banks_keep_what_is_in_their_slots() -> None:
-    banks = Banks(LINEARS, torch.float32, CPU)
-    weights = [random_weights(torch.Generator().manual_seed(index), 8, ["q"]) for index in range(9)]
-    for index, item in enumerate(weights):
-        banks.fill(Slot(8, index), item)
-    a, b = banks.of(8).stack("q")
-    assert all(torch.equal(a[index], item["q"][0]) for index, item in enumerate(weights))
-    assert all(torch.equal(b[index], item["q"][1]) for index, item in enumerate(weights))
-    assert not a[9:].any()
-
-
-def test_a_layer_first_targeted_late_has_a_place_for_every_slot() -> None:
-    banks = Banks(LINEARS, torch.float32, CPU)
-    banks.fill(Slot(8, 5), random_weights(torch.Generator().manual_seed(0), 8, ["q"]))
-    banks.fill(Slot(8, 0), random_weights(torch.Generator().manual_seed(1), 8, ["up"]))
-    assert banks.of(8).stack("up")[0].shape[0] == banks.of(8).stack("q")[0].shape[0]
-
-
-def test_a_slots_bytes_are_those_of_an_adapter_on_every_layer() -> None:
-    features = sum(spec.in_features + spec.out_features for spec in LINEARS.values())
-    assert features * 16 * 4 == Banks(LINEARS, torch.float32, CPU).slot_bytes(16)
-    assert features * 16 * 2 == Banks(LINEARS, torch.bfloat16, CPU).slot_bytes(16)
+def test_a_tokens_own_numbers_that_are_none_stay_with_it() -> None:
+    adapters = [resident(Slot(8, index), index, {"0.attn.q": 8}) for index in (0, 2)]
+    plan = plan_of(filled(adapters), adapters, [Share(0, 1), Share(1, 1), Share(1, 1)])
+    assert plan is not None
+    x, y = torch.randn(3, 12), torch.zeros(3, 12)
+    x[0] = float("nan")
+    plan.add(("0.attn.q",), x, y)
+    assert torch.isfinite(y).all(dim=1).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -213,24 +233,34 @@ def test_a_slots_bytes_are_those_of_an_adapter_on_every_layer() -> None:
     ],
 )
 def test_ranges_cover_the_slots_and_skip_wide_gaps(slots: list[int], ranges: list[range]) -> None:
-    assert ranges == list(_compact_ranges(slots))
+    assert ranges == list(compact_ranges(slots, max_gap=2))
+
+
+def test_the_larger_the_slots_the_smaller_the_gaps_that_are_read() -> None:
+    gaps = [max_gap_of(LAYOUT, rank, torch.float32, CPU) for rank in (8, 16, 64)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] > max_gap_of(LAYOUT, 1 << 20, torch.float32, CPU) == 0
+    assert gaps[0] < max_gap_of(LAYOUT, 8, torch.float32, torch.device("cuda"))
 
 
 def test_a_wrapped_layer_adds_the_plans_adapters_and_else_is_its_base() -> None:
     model = torch.nn.Module()
-    model.q = torch.nn.Linear(12, 10)
+    model.q = torch.nn.Linear(12, 12)
     base = model.q
-    wrap_linears(model, {"q": LINEARS["q"]})
+    wrap_linears(model, {"q": LINEARS["0.attn.q"]})
     assert isinstance(model.q, LoraLayer)
-    banks = Banks(LINEARS, torch.float32, CPU)
-    weights = random_weights(torch.Generator().manual_seed(0), 4, ["q"])
-    banks.fill(Slot(8, 0), weights)
+    model.q = LoraLayer(base, "0.attn.q")
+    adapters = [resident(Slot(8, 0), 0, {"0.attn.q": 4})]
+    plan = plan_of(filled(adapters), adapters, [Share(0, 1), Share(None, 1), Share(0, 1)])
     x = torch.randn(1, 3, 12)
     with torch.inference_mode():
         plain = base(x)
         assert torch.equal(plain, model.q(x))
-        with lora_plan(plan_adapters([(Slot(8, 0), 0, 1), (Slot(8, 0), 2, 1)], banks, CPU)):
+        assert current_plan() is None
+        with lora_plan(plan):
+            assert current_plan() is plan
             mixed = model.q(x)
         assert torch.equal(plain, model.q(x))
-    expected = naive("q", x[0], plain[0], [weights, None, weights])
-    torch.testing.assert_close(mixed[0].double(), expected, atol=1e-5, rtol=1e-5)
+    for token, weights in enumerate([adapters[0].weights, None, adapters[0].weights]):
+        expected = plain[0, token].double() + added_by(weights, ["0.attn.q"], x[0, token])
+        torch.testing.assert_close(mixed[0, token].double(), expected, atol=1e-5, rtol=1e-5)
