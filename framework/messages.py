@@ -28,9 +28,11 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
     idle_timeout_s: float
     drain_timeout_s: float
     cold_start_timeout_s: float
+    step_timeout_s: float
     max_active_adapters: int
     max_adapter_rank: int
     device_adapter_bytes: int
+    kv_cache_bytes: int
     host_cache_bytes: int
     disk_cache_bytes: int
     max_num_seqs: int
@@ -140,6 +142,13 @@ class Submit(Message, frozen=True):
 
 class Cancel(Message, frozen=True):
     request_id: str
+
+
+class ForgetUser(Message, frozen=True):
+    """The user is deleted: drop what finished sequences left of them."""
+
+    tenant: str
+    user_id: str
 
 
 # replica -> router
@@ -291,7 +300,7 @@ class ParkFailed(Message, frozen=True):
 
 RouterToHost = Hello | Wake | Forget | Hold | Prefetch | StatusRequest
 HostToRouter = Welcome | Refused | Replicas | WakeFailed | Forgotten | Status
-RouterToReplica = Submit | Cancel
+RouterToReplica = Submit | Cancel | ForgetUser
 ReplicaToRouter = Step | Rejected
 ReplicaToHost = ReplicaHello | ReplicaReady | ReplicaLoad | FetchAdapter | AdapterMapped | Evicted
 HostToReplica = Drain | AdapterReady | AdapterUnavailable | Evict

@@ -23,7 +23,9 @@ class RouterMachine:
         self._dispatcher.hold(adapters)
 
     async def end_streams(self, tenant: str, user_id: str) -> int:
-        return await self._open_requests.end(Owner(tenant, user_id))
+        num_ended = await self._open_requests.end(Owner(tenant, user_id))
+        await self._dispatcher.forget_user(tenant, user_id)
+        return num_ended
 
     async def known_copies(self) -> set[str]:
         """Digests that the machine has anywhere."""

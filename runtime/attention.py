@@ -23,16 +23,64 @@ NAME = "tunefleet"
 Predicate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class DecodeGroup(NamedTuple):
-    """Sequences of one length class that add one token each; they hold rows of one compact class."""
+class DecodeGroup:
+    """Sequences of one length class that add one token each; they hold rows of one compact class.
 
-    length: int
-    num_rows: int  # rows of the class, decoding in this step or not
-    num_keys: int  # longest sequence among them, this token included
-    flat: torch.Tensor  # [n] places of their tokens in the batch
-    rows: torch.Tensor  # [n]
-    positions: torch.Tensor  # [n]
-    all_positions: torch.Tensor  # [num_rows, 1]; 0 for rows that don't decode now
+    Args:
+        num_rows: rows of the class, decoding in this step or not.
+        decoding: ``(place in the batch, row, position)`` of each.
+    """
+
+    def __init__(
+        self, length: int, num_rows: int, decoding: list[tuple[int, int, int]], device: torch.device
+    ) -> None:
+        self.length = length
+        self.num_rows = num_rows
+        self.num_keys = max(position for _, _, position in decoding) + 1
+        places = [place for place, _, _ in decoding]
+        positions = [0] * num_rows
+        for _, row, position in decoding:
+            positions[row] = position
+        in_order = [row for _, row, _ in decoding] == list(range(num_rows))
+        self.span: slice | None = None  # of the batch: all rows of the class, one after another
+        if in_order and places == list(range(places[0], places[0] + num_rows)):
+            self.span = slice(places[0], places[0] + num_rows)
+        self.positions = torch.tensor(positions, device=device).unsqueeze(
+            1
+        )  # [num_rows, 1]; 0: doesn't decode
+        self._rows = torch.tensor([row for _, row, _ in decoding], device=device)
+        self._places = torch.tensor(places, device=device)
+        self._targets: dict[int, torch.Tensor] = {}
+
+    def take(self, flat: torch.Tensor) -> torch.Tensor:
+        """Of ``[heads, T, d]`` what decodes here: ``[decoding, heads, d]``."""
+        by_token = flat.transpose(0, 1)
+        return by_token[self._places if self.span is None else self.span]
+
+    def to_rows(self, taken: torch.Tensor) -> torch.Tensor:
+        """``[num_rows, ...]``, with zeros where a row doesn't decode."""
+        if self.span is not None:
+            return taken
+        return taken.new_zeros(self.num_rows, *taken.shape[1:]).index_copy_(0, self._rows, taken)
+
+    def put(self, out: torch.Tensor, of_rows: torch.Tensor) -> None:
+        """Writes ``[num_rows, ...]`` to the batch's places in ``out`` ``[T, ...]``."""
+        if self.span is not None:
+            out[self.span] = of_rows
+        else:
+            out.index_copy_(0, self._places, of_rows[self._rows])
+
+    def write(self, rows: torch.Tensor, taken: torch.Tensor) -> None:
+        """Writes each new key or value to its row and position of ``[rows, kv_heads, length, d]``."""
+        flat = rows.view(-1, rows.shape[-1])
+        flat.index_copy_(0, self._target(rows.shape[1]), taken.reshape(-1, rows.shape[-1]))
+
+    def _target(self, kv_heads: int) -> torch.Tensor:
+        if kv_heads not in self._targets:
+            heads = torch.arange(kv_heads, device=self._rows.device)
+            first = (self._rows.unsqueeze(1) * kv_heads + heads) * self.length
+            self._targets[kv_heads] = (first + self.positions[self._rows]).flatten()
+        return self._targets[kv_heads]
 
 
 class PrefillSegment(NamedTuple):
@@ -51,22 +99,30 @@ class StepContext:
         self.kv = kv
         self.decodes = decodes
         self.prefills = prefills
-        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        self._masks: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
         self._predicates: list[Predicate] = []  # keeps them alive, so that an id stays one predicate's
 
-    def mask(self, predicate: Predicate, place: int, queries: torch.Tensor, num_keys: int) -> torch.Tensor:
-        """Who may look at whom, bool ``[..., queries, num_keys]``; once per step and mask kind.
+    def mask(
+        self, predicate: Predicate, place: int, queries: torch.Tensor, num_keys: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Who may look at whom, ``[..., queries, num_keys]``: bool, or what is added to scores.
+
+        Made once per step, mask kind and type.
 
         Args:
             place: index of the group or segment in this step.
             queries: absolute positions, ``[..., queries, 1]``.
         """
-        key = (id(predicate), place)
+        key = (id(predicate), place, dtype)
         if key not in self._masks:
             self._predicates.append(predicate)
             keys = torch.arange(num_keys, device=queries.device)
             zero = torch.zeros((), dtype=torch.long, device=queries.device)
-            self._masks[key] = predicate(zero, zero, queries, keys)
+            mask = predicate(zero, zero, queries, keys)
+            if dtype != torch.bool:
+                hidden = torch.tensor(float("-inf"), dtype=dtype, device=queries.device)
+                mask = torch.where(mask, torch.zeros((), dtype=dtype, device=queries.device), hidden)
+            self._masks[key] = mask
         return self._masks[key]
 
 
@@ -123,16 +179,14 @@ def attend(
     layer: int = module.layer_idx  # type: ignore[assignment]
     predicate = attention_mask or _causal
     q, k, v = query[0], key[0], value[0]
-    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    scores = _Scores(scale, softcap, s_aux)
+    scores = _Scores(scaling if scaling is not None else q.shape[-1] ** -0.5, softcap, s_aux)
     out = torch.empty(q.shape[1], q.shape[0], v.shape[-1], dtype=q.dtype, device=q.device)
-    for place, group in enumerate(context.decodes):
-        out[group.flat] = _decode(context, place, group, layer, q, k, v, predicate, scores)
-    for place, segment in enumerate(context.prefills, start=len(context.decodes)):
+    for place in range(len(context.decodes)):
+        _decode(context, place, layer, (q, k, v), predicate, scores, out)
+    for place, segment in enumerate(context.prefills):
         flat = slice(segment.first, segment.first + segment.num_tokens)
-        out[flat] = _prefill(
-            context, place, segment, layer, q[:, flat], k[:, flat], v[:, flat], predicate, scores
-        )
+        chunk = (q[:, flat], k[:, flat], v[:, flat])
+        out[flat] = _prefill(context, place, layer, chunk, predicate, scores)
     return out.unsqueeze(0), None
 
 
@@ -143,12 +197,20 @@ class _Scores(NamedTuple):
     softcap: float | None
     sinks: torch.Tensor | None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's own attention computes it."""
+        return self.softcap is None and self.sinks is None
+
+    def mask_dtype(self, q: torch.Tensor) -> torch.dtype:
+        return q.dtype if self.is_plain else torch.bool
+
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """``q`` [b, kv_heads, group, t, d]; ``k``, ``v`` [b, kv_heads, keys, d]; mask [b|1, 1, t, keys]."""
         b, kv_heads, group, t, d = q.shape
-        if self.softcap is None and self.sinks is None:
+        if self.is_plain:
             # The query heads of one KV head fold into the query length: K and V are read once, not repeated.
             folded = q.reshape(b, kv_heads, group * t, d)
             wide = mask if t == 1 else mask.repeat(1, 1, group, 1)
@@ -168,57 +230,52 @@ class _Scores(NamedTuple):
         return torch.matmul(weights.to(v.dtype), v.unsqueeze(2))
 
 
+_Flat = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [heads, T, d]
+
+
 def _decode(
     context: StepContext,
     place: int,
-    group: DecodeGroup,
     layer: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    flat: _Flat,
     predicate: Predicate,
     scores: _Scores,
-) -> torch.Tensor:
-    """One token each for a length class: ``[n, heads, head_dim]``."""
+    out: torch.Tensor,
+) -> None:
+    """One token each for a length class, into ``out`` ``[T, heads, d]``."""
+    group = context.decodes[place]
+    q, k, v = flat
     all_k, all_v = context.kv.layer(layer, group.length, k, v)
-    all_k[group.rows, :, group.positions] = k[:, group.flat].transpose(0, 1)
-    all_v[group.rows, :, group.positions] = v[:, group.flat].transpose(0, 1)
-    heads, kv_heads = q.shape[0], k.shape[0]
-    queries = torch.zeros(group.num_rows, heads, q.shape[-1], dtype=q.dtype, device=q.device)
-    queries[group.rows] = q[:, group.flat].transpose(0, 1)
-    queries = queries.view(group.num_rows, kv_heads, heads // kv_heads, 1, -1)
-    mask = context.mask(predicate, place, group.all_positions, group.num_keys)  # [rows, keys]
+    group.write(all_k, group.take(k))
+    group.write(all_v, group.take(v))
+    n, keys, heads, kv_heads = group.num_rows, group.num_keys, q.shape[0], k.shape[0]
+    mask = context.mask(predicate, place, group.positions, keys, scores.mask_dtype(q))  # [n, keys]
     answer = scores.attention(
-        queries,
-        all_k[: group.num_rows, :, : group.num_keys],
-        all_v[: group.num_rows, :, : group.num_keys],
-        mask.view(group.num_rows, 1, 1, group.num_keys),
+        group.to_rows(group.take(q)).reshape(n, kv_heads, heads // kv_heads, 1, -1),
+        all_k[:n, :, :keys],
+        all_v[:n, :, :keys],
+        mask.view(n, 1, 1, keys),
     )
-    return answer.reshape(group.num_rows, heads, -1)[group.rows]
+    group.put(out, answer.reshape(n, heads, -1))
 
 
 def _prefill(
-    context: StepContext,
-    place: int,
-    segment: PrefillSegment,
-    layer: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    predicate: Predicate,
-    scores: _Scores,
+    context: StepContext, place: int, layer: int, chunk: _Flat, predicate: Predicate, scores: _Scores
 ) -> torch.Tensor:
-    """A chunk of one sequence on all its keys so far: ``[tokens, heads, head_dim]``."""
+    """A chunk of one sequence on all its keys so far: ``[tokens, heads, d]``."""
+    segment = context.prefills[place]
+    q, k, v = chunk
     all_k, all_v = context.kv.layer(layer, segment.row.length, k, v)
     end = segment.start + segment.num_tokens
     row_k, row_v = all_k[segment.row.index], all_v[segment.row.index]
     row_k[:, segment.start : end] = k
     row_v[:, segment.start : end] = v
     positions = torch.arange(segment.start, end, device=q.device).unsqueeze(1)
-    mask = context.mask(predicate, place, positions, end)  # [tokens, keys]
+    mask_place = len(context.decodes) + place
+    mask = context.mask(predicate, mask_place, positions, end, scores.mask_dtype(q))  # [tokens, keys]
     heads, kv_heads = q.shape[0], k.shape[0]
     answer = scores.attention(
-        q.view(1, kv_heads, heads // kv_heads, segment.num_tokens, -1),
+        q.reshape(1, kv_heads, heads // kv_heads, segment.num_tokens, -1),
         row_k[None, :, :end],
         row_v[None, :, :end],
         mask.view(1, 1, segment.num_tokens, end),

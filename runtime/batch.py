@@ -8,7 +8,7 @@ from torch import nn
 from tunefleet.runtime.attention import DecodeGroup, PrefillSegment, StepContext, step_context
 from tunefleet.runtime.kv import KvRows
 from tunefleet.runtime.lora import Banks, LoraPlan, lora_plan, plan_adapters
-from tunefleet.runtime.rows import Row, RowTable
+from tunefleet.runtime.rows import RowTable
 from tunefleet.runtime.scheduler import Batch, Scheduled
 
 
@@ -25,27 +25,34 @@ class Runner:
         self._device = device
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Logits ``[num_sampled, vocab]`` of the sequences that sample, in the batch's order."""
-        self._kv.move(batch.moves)
+    def prepare(self, batch: Batch) -> None:
+        """Brings rows to where the batch expects them; once per batch."""
+        self._kv.apply(batch.kv_ops)
         for entry in batch.scheduled:
             if entry.sequence.num_computed == 0:
                 self._kv.clear(self._rows.row_of(entry.sequence.request_id))
-        places = _places(batch.scheduled)
+
+    @torch.inference_mode()
+    def run(self, scheduled: list[Scheduled]) -> torch.Tensor:
+        """Logits ``[num_sampled, vocab]`` of the sequences that sample, in the order given.
+
+        Running the same again, or a part of it, computes and writes the same.
+        """
+        places = _places(scheduled)
         input_ids: list[int] = []
         positions: list[int] = []
-        for entry in batch.scheduled:
+        for entry in scheduled:
             start = entry.sequence.num_computed
             end = start + entry.num_tokens
             input_ids += entry.sequence.tokens[start:end]
             positions += range(start, end)
         last = [
             place + entry.num_tokens - 1
-            for place, entry in zip(places, batch.scheduled, strict=True)
+            for place, entry in zip(places, scheduled, strict=True)
             if entry.samples
         ]
-        context = self._context(batch.scheduled, places)
-        with step_context(context), lora_plan(self._adapters(batch.scheduled, places)):
+        context = self._context(scheduled, places)
+        with step_context(context), lora_plan(self._adapters(scheduled, places)):
             output = self._model(
                 input_ids=self._tensor(input_ids).unsqueeze(0),
                 position_ids=self._tensor(positions).unsqueeze(0),
@@ -57,35 +64,20 @@ class Runner:
         return logits if last else logits[:0]
 
     def _context(self, scheduled: list[Scheduled], places: list[int]) -> StepContext:
-        decodes: dict[int, list[tuple[int, Row, int]]] = {}
+        decodes: dict[int, list[tuple[int, int, int]]] = {}
         prefills = []
         for place, entry in zip(places, scheduled, strict=True):
             row = self._rows.row_of(entry.sequence.request_id)
             start = entry.sequence.num_computed
             if entry.num_tokens == 1:
-                decodes.setdefault(row.length, []).append((place, row, start))
+                decodes.setdefault(row.length, []).append((place, row.index, start))
             else:
                 prefills.append(PrefillSegment(row, place, start, entry.num_tokens))
-        for length in {*decodes, *(segment.row.length for segment in prefills)}:
-            self._kv.reserve(length, self._rows.num_rows(length))
-        return StepContext(
-            self._kv, [self._group(length, rows) for length, rows in decodes.items()], prefills
-        )
-
-    def _group(self, length: int, decoding: list[tuple[int, Row, int]]) -> DecodeGroup:
-        num_rows = self._rows.num_rows(length)
-        all_positions = [0] * num_rows
-        for _, row, position in decoding:
-            all_positions[row.index] = position
-        return DecodeGroup(
-            length=length,
-            num_rows=num_rows,
-            num_keys=max(all_positions) + 1,
-            flat=self._tensor([place for place, _, _ in decoding]),
-            rows=self._tensor([row.index for _, row, _ in decoding]),
-            positions=self._tensor([position for _, _, position in decoding]),
-            all_positions=self._tensor(all_positions).unsqueeze(1),
-        )
+        groups = [
+            DecodeGroup(length, self._rows.num_rows(length), decoding, self._device)
+            for length, decoding in decodes.items()
+        ]
+        return StepContext(self._kv, groups, prefills)
 
     def _adapters(self, scheduled: list[Scheduled], places: list[int]) -> LoraPlan | None:
         tokens = [

@@ -58,6 +58,10 @@ class Dispatcher(Protocol):
         """
         ...
 
+    async def forget_user(self, tenant: str, user_id: str) -> None:
+        """Has replicas drop what finished sequences of a deleted user left in their memory."""
+        ...
+
     def hold(self, adapters: Sequence[HeldAdapter]) -> None:
         """Exempts these adapters from eviction, and no others of this router; brings them to their tier."""
         ...

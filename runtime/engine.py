@@ -1,31 +1,40 @@
 """The engine: many sequences, of many people's adapters, in one batch.
 
-One ``step()`` is schedule, run, sample, advance. The engine does no I/O: prepared adapter files and requests
-come in by calls, tokens go out as return values; a clock comes in as a function.
+One ``step()`` is: fill slots, let sequences join, schedule, run, sample, advance. The engine does no I/O:
+prepared adapter files and requests come in by calls, tokens go out as return values; a clock comes in as a
+function.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from tunefleet.core import AdapterRef, FinishReason, LinearSpec, Manifest
+from tunefleet.core import AdapterRef, FinishReason, Manifest
 from tunefleet.errors import AdapterLoadFailed
-from tunefleet.messages import Progress, Submit
+from tunefleet.messages import Progress, Submit, TokenLogprob
+from tunefleet.runtime.activations import SLICE_BYTES, Activations
+from tunefleet.runtime.banks import Banks, slot_dtype
 from tunefleet.runtime.batch import Runner
-from tunefleet.runtime.kv import KvRows
-from tunefleet.runtime.lora import Banks, wrap_linears
+from tunefleet.runtime.kv import KvRows, bytes_per_token
+from tunefleet.runtime.lora import wrap_linears
+from tunefleet.runtime.prefixes import PrefixTable
+from tunefleet.runtime.rewrites import Rewrites
 from tunefleet.runtime.rows import RowTable
 from tunefleet.runtime.sampling import sample
-from tunefleet.runtime.scheduler import Batch, Scheduler
+from tunefleet.runtime.scheduler import Scheduled, Scheduler
 from tunefleet.runtime.sequence import Sequence
 from tunefleet.runtime.slots import SlotTable
+
+MAX_BARREN_STEPS = 3  # in which nothing but exceptions came out: the fault is not the sequences'
+
+log = logging.getLogger("tunefleet.engine")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,15 +44,15 @@ class EngineLimits:
     max_batch_tokens: int = 512  # a longer prompt is prefilled in chunks of this
     max_active_adapters: int = 32
     device_adapter_bytes: int = 1 << 30
+    kv_cache_bytes: int = 1 << 31
     max_queue: int = 1024
 
 
-class _Loaded(NamedTuple):
-    """An adapter's prepared file, mapped: it stays readable even if the host tier drops the file."""
+class _Choice(NamedTuple):
+    """What one step chose for one sequence."""
 
-    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    download_s: float
-    load_s: float
+    token: int
+    logprob: TokenLogprob | None
 
 
 class Engine:
@@ -51,8 +60,7 @@ class Engine:
 
     Args:
         model: with the engine's attention (``runtime.model.load_model``), already on ``device``; its linear
-        layers
-            get wrapped.
+            layers get wrapped.
         clock: monotonic seconds.
     """
 
@@ -66,26 +74,32 @@ class Engine:
     ) -> None:
         device = device or torch.device("cpu")
         wrap_linears(model, manifest.linears)
-        self.banks = Banks(manifest.linears, slot_dtype(manifest, device), device)
-        self.slots = SlotTable(limits.max_active_adapters, limits.device_adapter_bytes, self.banks.slot_bytes)
-        self.rows = RowTable(limits.max_model_len)
+        slots_in = slot_dtype(manifest, device)
+        self.banks = Banks(manifest.linears, slots_in, device, limits.device_adapter_bytes)
+        self.slots = SlotTable(limits.max_active_adapters, self.banks.num_pages)
+        token_bytes = bytes_per_token(model.config, getattr(torch, manifest.dtype))  # type: ignore[arg-type]
+        self.rows = RowTable(limits.max_model_len, limits.kv_cache_bytes // token_bytes)
+        self.prefixes = PrefixTable()
         self.scheduler = Scheduler(
             self.slots,
             self.rows,
+            self.prefixes,
             max_num_seqs=limits.max_num_seqs,
             max_batch_tokens=limits.max_batch_tokens,
             max_model_len=limits.max_model_len,
             eos_token_ids=frozenset(manifest.eos_token_ids),
         )
+        self.kv = KvRows(device)
         self.num_steps = 0
         self.last_logits: torch.Tensor | None = None  # [sampled, vocab] of the last step
         self._limits = limits
         self._vocab_size = manifest.vocab_size
-        self._linears = manifest.linears
         self._clock = clock
-        self._loaded: dict[str, _Loaded] = {}
         self._fetching: set[str] = set()
-        self._runner = Runner(model, KvRows(device), self.rows, self.banks, device)
+        self._activations = Activations(self.scheduler, self.banks, manifest.linears, clock)
+        self._runner = Runner(model, self.kv, self.rows, self.banks, device)
+        self._rewrites = Rewrites(model, manifest, device)
+        self._num_barren = 0
         self._news: list[Progress] = []
 
     def add(self, work: Submit) -> None:
@@ -104,14 +118,10 @@ class Engine:
 
         Only as many as there are slots, so that a long queue doesn't pull everything into memory at once.
         """
-        wanted: dict[str, AdapterRef] = {}
-        for sequence in self.scheduler.waiting:
-            if sequence.adapter is not None and self.slots.lookup(sequence.adapter.digest) is None:
-                wanted[sequence.adapter.digest] = sequence.adapter
-                if len(wanted) == self._limits.max_active_adapters:
-                    break
         missing = [
-            ref for digest, ref in wanted.items() if digest not in self._loaded.keys() | self._fetching
+            ref
+            for ref in self.scheduler.wanted_adapters()
+            if ref.digest not in self._fetching and ref.digest not in self._activations
         ]
         self._fetching.update(ref.digest for ref in missing)
         return missing
@@ -126,7 +136,7 @@ class Engine:
         """Maps a prepared file; its sequences join as soon as there is a slot."""
         self._fetching.discard(digest)
         try:
-            self._loaded[digest] = _Loaded(map_prepared(path, self._linears), download_s, load_s)
+            self._activations.take(digest, path, download_s, load_s)
         except AdapterLoadFailed as error:
             self.adapter_failed(digest, error.message, error.code, retry_after_s=1.0)
 
@@ -146,80 +156,124 @@ class Engine:
                 self._fail(sequence.request_id, message, code, retry_after_s)
 
     def evict(self, digest: str) -> bool:
-        """Drops an adapter from its slot and forgets its file; False while a sequence still uses it."""
-        if self.slots.is_pinned(digest):
+        """Drops what is here of a deleted adapter; False while a sequence still uses it."""
+        if self.slots.is_pinned(digest) or not self._activations.drop(digest):
             return False
-        self._loaded.pop(digest, None)
         if self.slots.lookup(digest) is not None:
-            self.banks.empty(self.slots.deactivate(digest))
+            self.banks.clear(self.slots.deactivate(digest))
+        self.scheduler.forget(digest)
         return True
+
+    def forget_user(self, tenant: str, user_id: str) -> None:
+        """Drops the keys and values that a deleted user's finished sequences left."""
+        self.scheduler.forget_user(tenant, user_id)
 
     def step(self) -> list[Progress]:
         """Runs one step; what it did, per sequence. Empty when nothing can run now."""
-        self._admit()
+        self._activations.forget_unwanted()
+        self._activations.advance(SLICE_BYTES if self.scheduler.running else None)
+        while (sequence := self.scheduler.join()) is not None:
+            sequence.admitted_at = sequence.admitted_at or self._clock()
         batch = self.scheduler.schedule()
+        self._runner.prepare(batch)
         if batch.scheduled:
-            self._run(batch)
+            self.num_steps += 1
+            choices = self._run(batch.scheduled)
+            self.scheduler.advance(batch, {key: choice.token for key, choice in choices.items()})
+            self._tell(batch.scheduled, choices)
         news, self._news = self._news, []
         return news
+
+    def improve(self) -> bool:
+        """Makes one part of the model faster, within milliseconds; False when there is nothing left to do."""
+        return self._rewrites.apply_next()
 
     def check(self) -> None:
         """Asserts that scheduler, slots and rows agree."""
         self.scheduler.check()
 
-    def _admit(self) -> None:
-        while (admission := self.scheduler.admit(self._loaded.keys())) is not None:
-            sequence = admission.sequence
-            sequence.admitted_at = self._clock()
-            if admission.activation is not None and sequence.digest is not None:
-                loaded = self._loaded.pop(sequence.digest)
-                for slot in admission.activation.evicted:
-                    self.banks.empty(slot)
-                self.banks.fill(admission.activation.slot, loaded.weights)
-                sequence.download_s, sequence.load_s = loaded.download_s, loaded.load_s
-                sequence.activate_s = self._clock() - sequence.admitted_at
+    def _run(self, scheduled: list[Scheduled]) -> dict[str, _Choice]:
+        """Tokens by request id. Sequences that can't go on are ended, and nobody else.
 
-    def _run(self, batch: Batch) -> None:
-        self.num_steps += 1
-        logits = self.last_logits = self._runner.run(batch)
-        sampling = [entry.sequence for entry in batch.scheduled if entry.samples]
-        if sampling:
-            result = sample(logits, [s.sampling for s in sampling], [s.num_generated for s in sampling])
-            ids = [s.request_id for s in sampling]
-            tokens = dict(zip(ids, result.tokens, strict=True))
-            for sequence, finite in zip(sampling, result.finite, strict=True):
-                if not finite:
-                    del tokens[sequence.request_id]
-                    self._end_poisoned(sequence)
-        else:
-            tokens = {}
-        self.scheduler.advance(batch, tokens)
-        num_adapters = len({entry.sequence.digest for entry in batch.scheduled} - {None})
-        for sequence in sampling:
-            if sequence.request_id in tokens:
-                self._news.append(self._progress(sequence, len(batch.scheduled), num_adapters))
+        Raises:
+            Exception: what the model raised, if it isn't one sequence's fault.
+        """
+        culprits: list[tuple[Sequence, Exception]] = []
+        results = self._halved(scheduled, culprits)
+        self._num_barren = 0 if results else self._num_barren + 1
+        if not results and (len(culprits) > 1 or self._num_barren == MAX_BARREN_STEPS):
+            raise culprits[0][1]  # the replica ends; its requests go on at another one
+        choices = {key: choice for _, found in results for key, choice in found.items()}
+        self._end_poisoned(scheduled, choices, {sequence.request_id for sequence, _ in culprits})
+        for sequence, error in culprits:
+            log.error("sequence %s ends: %r", sequence.request_id, error, exc_info=error)
+            self._end(sequence, "the engine failed at this request; try again", "engine_error")
+        if results:
+            self.last_logits = results[0][0] if len(results) == 1 else torch.cat([row for row, _ in results])
+        return choices
 
-    def _progress(self, sequence: Sequence, batch_size: int, num_adapters: int) -> Progress:
-        token = sequence.tokens[-1]
+    def _halved(
+        self, scheduled: list[Scheduled], culprits: list[tuple[Sequence, Exception]]
+    ) -> list[tuple[torch.Tensor, dict[str, _Choice]]]:
+        """Runs all at once, or where that raises, halves of it, down to whoever is the reason."""
+        try:
+            return [self._compute(scheduled)]
+        except Exception as error:  # whatever one sequence's content brings about must not end the others
+            if len(scheduled) == 1:
+                culprits.append((scheduled[0].sequence, error))
+                return []
+        half = len(scheduled) // 2
+        return self._halved(scheduled[:half], culprits) + self._halved(scheduled[half:], culprits)
+
+    def _compute(self, scheduled: list[Scheduled]) -> tuple[torch.Tensor, dict[str, _Choice]]:
+        logits = self._runner.run(scheduled)
+        sequences = [entry.sequence for entry in scheduled if entry.samples]
+        if not sequences:
+            return logits, {}
+        sampled = sample(logits, [s.sampling for s in sequences], [s.num_generated for s in sequences])
+        choices = {}
+        rows = zip(sequences, sampled.tokens, sampled.finite, sampled.logprobs, strict=True)
+        for sequence, token, is_finite, logprob in rows:
+            if is_finite:
+                choices[sequence.request_id] = _Choice(token, logprob)
+        return logits, choices
+
+    def _end_poisoned(
+        self, scheduled: list[Scheduled], choices: dict[str, _Choice], culprits: set[str]
+    ) -> None:
+        for sequence in [entry.sequence for entry in scheduled if entry.samples]:
+            if sequence.request_id not in choices.keys() | culprits:
+                self._end(
+                    sequence,
+                    "the model's answer is not finite; upload a sound adapter",
+                    "non_finite_logits",
+                )
+
+    def _tell(self, scheduled: list[Scheduled], choices: dict[str, _Choice]) -> None:
+        """News of all who have a token."""
+        num_adapters = len({entry.sequence.digest for entry in scheduled} - {None})
+        for entry in scheduled:
+            choice = choices.get(entry.sequence.request_id)
+            if choice is not None:
+                self._news.append(self._progress(entry.sequence, choice, len(scheduled), num_adapters))
+
+    def _progress(self, sequence: Sequence, choice: _Choice, batch_size: int, num_adapters: int) -> Progress:
         hidden = sequence.finish_reason is FinishReason.STOP  # the end token itself is not part of the answer
         first = sequence.num_generated == sequence.num_resumed + 1
         return Progress(
             request_id=sequence.request_id,
-            tokens=() if hidden else (token,),
+            tokens=() if hidden else (choice.token,),
             finish_reason=sequence.finish_reason,
             timing=sequence.timing(self._clock()) if first else None,
             batch_size=batch_size,
             num_adapters=num_adapters,
+            logprobs=() if hidden or choice.logprob is None else (choice.logprob,),
         )
 
-    def _end_poisoned(self, sequence: Sequence) -> None:
-        """Ends it alone; what its row holds is gone before the row has another holder."""
-        self.scheduler.finish(sequence, FinishReason.ERROR)
-        self._fail(
-            sequence.request_id,
-            "the model's answer is not finite; upload a sound adapter",
-            "non_finite_logits",
-        )
+    def _end(self, sequence: Sequence, message: str, code: str) -> None:
+        """Ends a sequence alone; what its row holds is gone before the row has another holder."""
+        self.scheduler.finish(sequence, FinishReason.ERROR, keep_prefix=False)
+        self._fail(sequence.request_id, message, code)
 
     def _refusal(self, work: Submit) -> tuple[str, str] | None:
         limits = self._limits
@@ -251,28 +305,3 @@ class Engine:
                 retry_after_s=retry_after_s,
             )
         )
-
-
-def slot_dtype(manifest: Manifest, device: torch.device) -> torch.dtype:
-    """Slots are fp32 on a CPU, where one-row products are twice as fast that way; else the base's type."""
-    dtype: torch.dtype = torch.float32 if device.type == "cpu" else getattr(torch, manifest.dtype)
-    return dtype
-
-
-def map_prepared(path: Path, linears: dict[str, LinearSpec]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Per layer ``A [r, in]`` and ``B [r, out]`` of a prepared file.
-
-    Raises:
-        AdapterLoadFailed: it can't be read, or is not for this base.
-    """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = [name.removesuffix(".A") for name in file.keys() if name.endswith(".A")]  # noqa: SIM118
-            weights = {name: (file.get_tensor(f"{name}.A"), file.get_tensor(f"{name}.B")) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise AdapterLoadFailed(f"the prepared adapter can't be read: {error}") from error
-    for name, (a, b) in weights.items():
-        spec = linears.get(name)
-        if spec is None or a.shape[1] != spec.in_features or b.shape[1] != spec.out_features:
-            raise AdapterLoadFailed(f"the prepared adapter doesn't fit the base at {name}")
-    return weights

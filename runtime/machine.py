@@ -6,6 +6,7 @@ Implements ``runtime.dispatch.Dispatcher``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 import uuid
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunefleet.config import Options, context_length, runtime_dir, state_dir
-from tunefleet.core import AdapterRef, Manifest, PinTier, ReplicaInfo
+from tunefleet.core import AdapterRef, Manifest, PinTier, ReplicaInfo, ReplicaState
 from tunefleet.errors import CapacityError, ConfigError, ReplicaError
 from tunefleet.messages import (
     Forget,
@@ -60,9 +61,11 @@ def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOp
         idle_timeout_s=options.idle_timeout_s,
         drain_timeout_s=options.drain_timeout_s,
         cold_start_timeout_s=options.cold_start_timeout_s,
+        step_timeout_s=options.step_timeout_s,
         max_active_adapters=options.max_active_adapters or options.max_num_seqs,
         max_adapter_rank=options.max_adapter_rank,
         device_adapter_bytes=options.device_adapter_bytes,
+        kv_cache_bytes=options.kv_cache_bytes,
         host_cache_bytes=options.host_cache_bytes,
         disk_cache_bytes=options.disk_cache_bytes,
         max_num_seqs=options.max_num_seqs,
@@ -134,6 +137,12 @@ class Machine:
         forgotten = await self._ask(Forget(digest=digest), f"forget {digest}")
         assert isinstance(forgotten, Forgotten)
         return forgotten
+
+    async def forget_user(self, tenant: str, user_id: str) -> None:
+        for replica in self._replicas:
+            if replica.state is ReplicaState.READY:
+                with contextlib.suppress(OSError):  # it is gone, and its memory with it
+                    (await self.channel(replica)).forget_user(tenant, user_id)
 
     def hold(self, adapters: Sequence[HeldAdapter]) -> None:
         self._held = tuple(adapters)

@@ -28,6 +28,7 @@ from tunefleet.messages import (
     Evict,
     Evicted,
     FetchAdapter,
+    ForgetUser,
     Fork,
     HostToReplica,
     Progress,
@@ -40,6 +41,7 @@ from tunefleet.messages import (
     Submit,
 )
 from tunefleet.runtime.engine import Engine, EngineLimits
+from tunefleet.runtime.watchdog import Watchdog
 from tunefleet.runtime.wire import Connection
 
 LOAD_INTERVAL_S = 0.05  # a busy replica tells its load at most this often
@@ -78,6 +80,7 @@ def _limits(fork: Fork) -> EngineLimits:
         max_model_len=options.max_model_len,
         max_active_adapters=options.max_active_adapters,
         device_adapter_bytes=options.device_adapter_bytes,
+        kv_cache_bytes=options.kv_cache_bytes,
         max_queue=options.max_queue,
     )
 
@@ -96,6 +99,8 @@ class ReplicaProcess:
         self._evicting: set[str] = set()
         self._load: ReplicaLoad | None = None
         self._load_sent_at = 0.0
+        self._has_answered = False
+        self._watchdog = Watchdog(fork.options.step_timeout_s)
 
     async def run(self, stages: dict[str, float]) -> None:
         loop = asyncio.get_running_loop()
@@ -119,18 +124,28 @@ class ReplicaProcess:
     async def _step_until_done(self) -> None:
         while not self._gone and not (self._draining and not self._owners):
             self._news.clear()
-            progressed = self._engine.step()
+            with self._watchdog.step():
+                progressed = self._engine.step()
             self._deliver(progressed)
             self._fetch_missing()
             self._evict()
             self._tell_load()
-            if progressed or self._engine.scheduler.running:
+            if self._has_work(progressed):
                 await asyncio.sleep(0)  # one turn of the loop: everything that arrived is seen
             else:
                 await self._news.wait()
         if self._host is not None:
             self._host.close()
         await asyncio.sleep(0)
+
+    def _has_work(self, progressed: list[Progress]) -> bool:
+        """Whether to step again at once. Improves the model beside, once nobody waits for a first token."""
+        is_busy = bool(progressed or self._engine.scheduler.running)
+        self._has_answered = self._has_answered or bool(progressed)
+        if self._has_answered or not self._engine.scheduler:
+            with self._watchdog.step():
+                is_busy = self._engine.improve() or is_busy
+        return is_busy
 
     def _deliver(self, progressed: list[Progress]) -> None:
         """Tokens of one step cross in one message per router."""
@@ -178,6 +193,8 @@ class ReplicaProcess:
         if isinstance(message, Cancel):
             self._engine.cancel(message.request_id)
             self._owners.pop(message.request_id, None)
+        elif isinstance(message, ForgetUser):
+            self._engine.forget_user(message.tenant, message.user_id)
         elif isinstance(message, Submit):
             if self._draining:
                 router.send(Rejected(request_id=message.request_id))

@@ -15,7 +15,7 @@ import msgspec
 
 from tunefleet.core import FinishReason
 from tunefleet.errors import AdapterLoadFailed, CapacityError, ReplicaError, TunefleetError
-from tunefleet.messages import Cancel, Progress, Rejected, ReplicaToRouter, Step, Submit
+from tunefleet.messages import Cancel, ForgetUser, Progress, Rejected, ReplicaToRouter, Step, Submit
 from tunefleet.runtime.placement import choose
 from tunefleet.runtime.wire import Connection
 
@@ -57,6 +57,11 @@ class Channel:
     def leave(self, request_id: str, *, cancel: bool) -> None:
         if self._queues.pop(request_id, None) is not None and cancel and self._connection is not None:
             self._connection.send(Cancel(request_id=request_id))
+
+    def forget_user(self, tenant: str, user_id: str) -> None:
+        """Behind all that was submitted and cancelled on this connection before."""
+        if self._connection is not None and self._connection.is_open:
+            self._connection.send(ForgetUser(tenant=tenant, user_id=user_id))
 
     def _on_message(self, _: Connection[ReplicaToRouter], message: ReplicaToRouter) -> None:
         if isinstance(message, Rejected):

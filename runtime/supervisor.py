@@ -157,6 +157,8 @@ class Supervisor:
         record = Record(replica_id, device, str(self._folder / f"{replica_id}-{os.getpid()}.sock"))
         self.replicas.add(record)
         self._spawn(self._fork(record))
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._options.cold_start_timeout_s, self._give_up_start, record)
 
     async def _fork(self, record: Record) -> None:
         message = Fork(
@@ -170,6 +172,15 @@ class Supervisor:
             await self._parking.fork(message)
         except TunefleetError as error:
             self._gone(record, error.message)
+
+    def _give_up_start(self, record: Record) -> None:
+        """A replica that hangs before it is READY holds a device and those who wait for it."""
+        if self._closing or record.state not in STARTING:
+            return
+        if record.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record.pid, signal.SIGKILL)
+        self._gone(record, f"it was not ready after {self._options.cold_start_timeout_s:g} s")
 
     def _on_forked(self, message: Forked) -> None:
         self._has_process(message.replica_id, message.pid)

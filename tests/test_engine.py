@@ -234,8 +234,7 @@ def test_a_sequence_whose_logits_are_not_finite_ends_alone_and_leaves_nothing_be
         driver.step()
     slot = engine.slots.lookup(tiny.adapters[2].ref.digest)
     assert slot is not None
-    stack_a, _ = engine.banks.of(slot.rank_class).stack("model.layers.0.self_attn.q_proj")
-    stack_a[slot.index] = float("nan")
+    engine.banks.values(slot).fill_(float("nan"))
     driver.step()
     driver.submit(
         Submit(request_id="after", prompt=prompt, sampling=greedy(30), adapter=tiny.adapters[1].ref)
@@ -292,8 +291,6 @@ def test_an_end_token_ends_the_answer_and_is_not_part_of_it(tiny: Tiny) -> None:
     free.submit(Submit(request_id="a", prompt=prompt, sampling=greedy(10)))
     free.finish()
     tokens = free.answers["a"].tokens
-    import msgspec
-
     manifest = msgspec.structs.replace(tiny.manifest, eos_token_ids=(tokens[4],))
     ended = Driver(new_engine(tiny.folder, manifest), tiny.adapters)
     ended.submit(Submit(request_id="a", prompt=prompt, sampling=SamplingParams(max_tokens=10)))
