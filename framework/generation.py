@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -164,10 +165,10 @@ class Generation:
             self._entered.close()
 
     async def _cancel(self) -> None:
-        for sequence in self._sequences:
-            if not sequence.is_over:
-                sequence.is_over = True
-                await sequence.run.aclose()
+        running = [sequence for sequence in self._sequences if not sequence.is_over]
+        for sequence in running:
+            sequence.is_over = True
+        await asyncio.gather(*(sequence.run.aclose() for sequence in running))
 
     def _note(self, index: int, progress: Progress) -> None:
         self.batch_size = max(self.batch_size, progress.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +338,162 @@ async def test_a_sequence_that_failed_or_broke_off_is_an_error(tmp_path: Path) -
     scripted(kit, Progress(request_id="x", tokens=(10,)))
     with pytest.raises(ReplicaError, match="before it was complete"):
         await run_script(kit)
+
+
+def seeded(kit: Kit) -> None:
+    """Answers that show their sequence's seed."""
+    kit.dispatcher.answer = lambda work: kit.tokenizer.encode(f"seed {work.sampling.seed}")
+
+
+@run_async
+async def test_choices_have_seeds_of_their_own_the_first_the_requests(
+    tmp_path: Path,
+) -> None:
+    kit = Kit(tmp_path)
+    seeded(kit)
+    async with kit.fleet() as fleet:
+        alone = await (await fleet.generations.start(BASE, chat(seed=-7))).answer()
+        answer = await (await fleet.generations.start(BASE, chat(seed=-7, n=16))).answer()
+        again = await (await fleet.generations.start(BASE, chat(seed=-7, n=3))).answer()
+    assert [choice.index for choice in answer.choices] == list(range(16))
+    assert answer.text == answer.choices[0].text == alone.text
+    texts = [choice.text for choice in answer.choices]
+    assert len(set(texts)) == 16
+    assert [choice.text for choice in again.choices] == texts[:3]
+    assert len({work.request_id for work in kit.dispatcher.submitted}) == 20
+    assert all(0 <= work.sampling.seed < 2**63 for work in kit.dispatcher.submitted)
+
+
+@run_async
+async def test_usage_counts_the_prompt_once_and_all_completions(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    seeded(kit)
+    async with kit.fleet() as fleet:
+        answer = await (await fleet.generations.start(BASE, chat(seed=1, n=3, max_tokens=4))).answer()
+    assert answer.usage.prompt_tokens == len(kit.dispatcher.submitted[0].prompt)
+    assert answer.usage.completion_tokens == 12
+    assert {choice.finish_reason for choice in answer.choices} == {FinishReason.LENGTH}
+
+
+@run_async
+async def test_choices_come_as_they_are_made_and_each_ends_by_itself(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    lengths = iter((1, 6, 3))
+    kit.dispatcher.answer = lambda work: kit.tokenizer.encode("abcdef")[: next(lengths)]
+    async with kit.fleet() as fleet:
+        chunks = [chunk async for chunk in fleet.stream(None, HELLO, n=3)]
+    ends = [chunk.index for chunk in chunks if chunk.finish_reason is not None]
+    assert (ends[0], sorted(ends)) == (0, [0, 1, 2])
+    assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1].served is not None
+    texts = ["".join(chunk.text for chunk in chunks if chunk.index == index) for index in range(3)]
+    assert sorted(map(len, texts)) == [1, 3, 6]
+
+
+@run_async
+async def test_a_stop_string_ends_its_own_choice_only(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    texts = iter(("one two three", "four two! five"))
+    kit.dispatcher.answer = lambda work: kit.tokenizer.encode(next(texts))
+    async with kit.fleet() as fleet:
+        answer = await (await fleet.generations.start(BASE, chat(n=2, stop="two!"))).answer()
+    assert [choice.text for choice in answer.choices] == ["one two three", "four "]
+    assert len(kit.dispatcher.cancelled) == 1
+
+
+@run_async
+async def test_leaving_a_stream_cancels_all_choices(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    async with kit.fleet() as fleet:
+        generation = await fleet.generations.start(BASE, chat(n=4))
+        await anext(aiter(generation))
+        await generation.aclose()
+        await generation.aclose()
+        assert len(fleet.generations.open_requests) == 0
+    ids = [work.request_id for work in kit.dispatcher.submitted]
+    assert kit.dispatcher.cancelled == ids
+    assert kit.dispatcher.running == set()
+
+
+@run_async
+async def test_a_deleted_users_choices_all_end(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    async with kit.fleet() as fleet:
+        await fleet.adapters.push("alice", kit.adapter())
+        kit.dispatcher.gate = asyncio.Semaphore(2)
+        generation = await fleet.generations.start(Target("alice"), chat(n=3))
+        deltas = aiter(generation)
+        await anext(deltas)
+        waiting = asyncio.ensure_future(_rest(deltas))
+        await asyncio.sleep(0)
+        await fleet.delete_user("alice")
+        with pytest.raises(AdapterNotFound, match="deleted"):
+            await waiting
+        await generation.aclose()
+    assert sorted(kit.dispatcher.cancelled) == sorted(work.request_id for work in kit.dispatcher.submitted)
+    assert kit.dispatcher.running == set()
+
+
+async def _rest(deltas: AsyncIterator[TextDelta]) -> list[TextDelta]:
+    return [delta async for delta in deltas]
+
+
+@run_async
+async def test_a_choice_that_fails_fails_the_request_and_ends_the_others(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    failed = Progress(request_id="x", finish_reason=FinishReason.ERROR, error="nan", error_code="nan_logits")
+
+    class OneFails(FakeDispatcher):
+        def submit(self, work: Submit) -> FakeRun:
+            if len(self.submitted) != 1:
+                return super().submit(work)
+            self.submitted.append(work)
+            run = ScriptedRun(self, work)
+            run.script = (failed,)
+            return run
+
+    kit.dispatcher = OneFails(kit.dispatcher.answer)
+    async with kit.fleet() as fleet:
+        with pytest.raises(ReplicaError, match="nan"):
+            await (await fleet.generations.start(BASE, chat(n=3))).answer()
+        assert len(fleet.generations.open_requests) == 0
+    assert kit.dispatcher.running == set()
+
+
+@run_async
+async def test_cached_tokens_are_the_first_choices(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    numbers = iter((5, 7))
+
+    class Cached(FakeDispatcher):
+        def submit(self, work: Submit) -> FakeRun:
+            run = ScriptedRun(self, work)
+            timing = Timing(cached_tokens=next(numbers))
+            run.script = (
+                Progress(request_id="x", tokens=(10,), timing=timing),
+                Progress(request_id="x", tokens=(11,), finish_reason=FinishReason.STOP),
+            )
+            return run
+
+    kit.dispatcher = Cached(kit.dispatcher.answer)
+    async with kit.fleet() as fleet:
+        answer = await (await fleet.generations.start(BASE, chat(n=2))).answer()
+    assert (answer.usage.cached_tokens, answer.usage.completion_tokens) == (5, 4)
+
+
+@run_async
+async def test_logprobs_reach_the_machine_and_come_back_with_the_text(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    answering(kit, "é!")
+    async with kit.fleet() as fleet:
+        asked = chat(logprobs=True, top_logprobs=2, min_p=0.25)
+        answer = await (await fleet.generations.start(BASE, asked)).answer()
+        plain = await (await fleet.generations.start(BASE, chat())).answer()
+    assert (plain.logprobs, plain.choices[0].logprobs) == (None, None)
+    sampling = kit.dispatcher.submitted[0].sampling
+    assert (sampling.logprobs, sampling.min_p) == (2, 0.25)
+    assert answer.logprobs is not None
+    assert b"".join(bytes(logprob.bytes or ()) for logprob in answer.logprobs).decode() == answer.text
+    assert [logprob.text_offset for logprob in answer.logprobs] == [0, 0, 1]
+    assert {len(logprob.top_logprobs) for logprob in answer.logprobs} == {2}
+    assert all(logprob.top_logprobs[0].token == logprob.token for logprob in answer.logprobs)
