@@ -16,14 +16,15 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import adapter_factory as factory
 from adapter_factory import adapter_files, make_manifest
+from lora_kit import matrices_in
 from malformed.archives import tar_of
 from tunefleet.adapters_store.archives import unpack
 from tunefleet.adapters_store.prepare import prepare_adapter
+from tunefleet.adapters_store.slot_layout import SlotLayout
 from tunefleet.adapters_store.validation import CheckedAdapter, check_adapter
 from tunefleet.core import CONFIG_FILE, Manifest
 from tunefleet.errors import AdapterInvalid
@@ -99,9 +100,9 @@ def changes_by_us(
     folder: Path, manifest: Manifest, out: Path
 ) -> tuple[CheckedAdapter, dict[str, torch.Tensor]]:
     checked = check_adapter(folder, manifest, max_rank=64)
-    prepare_adapter(folder, checked, out, dtype="float32")
-    tensors = load_file(out)
-    return checked, {path: tensors[f"{path}.A"].T @ tensors[f"{path}.B"] for path in checked.modules}
+    layout = SlotLayout(manifest.linears)
+    prepare_adapter(folder, checked, out, layout=layout, dtype="float32")
+    return checked, {path: a.T @ b for path, (a, b) in matrices_in(out, manifest.linears).items()}
 
 
 def assert_pefts_numbers(folder: Path, base: Base, out: Path) -> CheckedAdapter:

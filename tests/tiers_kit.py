@@ -13,6 +13,7 @@ from adapter_factory import make_adapter, make_manifest
 from tunefleet.adapters_store.memory_store import MemoryStore
 from tunefleet.adapters_store.objects import ObjectStore, StoredObject
 from tunefleet.adapters_store.prepare import prepare_adapter
+from tunefleet.adapters_store.slot_layout import SlotLayout
 from tunefleet.adapters_store.tiers import Tiers
 from tunefleet.adapters_store.validation import check_adapter
 from tunefleet.core import AdapterRef
@@ -84,7 +85,8 @@ def put_adapter(
 def prepared(folder: Path) -> bytes:
     """What the prepared file of an adapter must be."""
     out = folder.with_name(f"{folder.name}.prepared")
-    prepare_adapter(folder, check_adapter(folder, MANIFEST, max_rank=64), out, dtype="bfloat16")
+    checked = check_adapter(folder, MANIFEST, max_rank=64)
+    prepare_adapter(folder, checked, out, layout=SlotLayout(MANIFEST.linears), dtype="bfloat16")
     return out.read_bytes()
 
 
