@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -233,15 +234,19 @@ def test_a_long_wait_sends_headers_and_comments(kit: Kit) -> None:
     assert last["tunefleet"]["timing"]["first_token"] > 0
 
 
+@pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize(("stream", "released"), [(False, 3), (True, 0), (True, 3)])
-def test_a_client_that_goes_cancels_its_sequence_at_once(kit: Kit, stream: bool, released: int) -> None:
+def test_a_client_that_goes_cancels_its_sequences_at_once(
+    kit: Kit, stream: bool, released: int, n: int
+) -> None:
     gone = threading.Event()
     submitted = threading.Event()
 
     class WatchedRun(FakeRun):
         async def aclose(self) -> None:
             await super().aclose()
-            gone.set()
+            if len(kit.dispatcher.cancelled) == n:
+                gone.set()
 
     class Watched(FakeDispatcher):
         async def start(self) -> None:
@@ -255,7 +260,7 @@ def test_a_client_that_goes_cancels_its_sequence_at_once(kit: Kit, stream: bool,
     kit.dispatcher = Watched(kit.dispatcher.answer)
     with serving(create_app(kit.fleet(), anyone, with_lifespan=True)) as url:
         port = int(url.rpartition(":")[2])
-        body = json.dumps({"messages": HELLO, "stream": stream}).encode()
+        body = json.dumps({"messages": HELLO, "stream": stream, "n": n}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(head.encode() + body)
@@ -263,8 +268,125 @@ def test_a_client_that_goes_cancels_its_sequence_at_once(kit: Kit, stream: bool,
             if stream and released:
                 assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         assert gone.wait(10)
-    assert kit.dispatcher.cancelled == [kit.dispatcher.submitted[0].request_id]
+    assert kit.dispatcher.cancelled == [work.request_id for work in kit.dispatcher.submitted]
     assert kit.dispatcher.running == set()
+
+
+HALF = -math.log(2)  # of the fake's tokens; what comes after is half as likely each time
+
+
+def test_a_chats_logprobs_have_openais_shape(kit: Kit, client: TestClient) -> None:
+    kit.dispatcher.answer = lambda work: kit.tokenizer.encode("aé")
+    body = ask(client, logprobs=True, top_logprobs=1).json()
+    a, first, second = body["choices"][0]["logprobs"]["content"]
+    assert body["choices"][0]["logprobs"]["refusal"] is None
+    top = {"token": "a", "logprob": HALF, "bytes": [97]}
+    assert a == {**top, "top_logprobs": [top]}
+    assert (first["token"], first["bytes"]) == ("\\xc3", [0xC3])
+    assert (second["token"], second["bytes"]) == ("\\xa9", [0xA9])
+    bare = ask(client, logprobs=True).json()["choices"][0]["logprobs"]["content"]
+    assert bare[0] == {**top, "top_logprobs": []}
+
+
+def test_a_completions_logprobs_have_openais_shape(kit: Kit, client: TestClient) -> None:
+    kit.dispatcher.answer = lambda work: kit.tokenizer.encode("aé!")
+    body = client.post("/v1/completions", json={"prompt": "x", "logprobs": 1}).json()
+    assert body["choices"][0]["logprobs"] == {
+        "tokens": ["a", "bytes:\\xc3", "bytes:\\xa9", "!"],
+        "token_logprobs": [HALF] * 4,
+        "top_logprobs": [{"a": HALF}, {"bytes:\\xc3": HALF}, {"bytes:\\xa9": HALF}, {"!": HALF}],
+        "text_offset": [0, 1, 1, 2],
+    }
+    body = client.post("/v1/completions", json={"prompt": "x", "logprobs": 0}).json()
+    assert body["choices"][0]["logprobs"]["top_logprobs"][0] == {"a": HALF}
+
+
+def test_streamed_logprobs_are_those_of_the_whole_answer(kit: Kit, client: TestClient) -> None:
+    kit.dispatcher.answer = lambda work: kit.tokenizer.encode("hello 🎉, stop it")
+    asked: dict[str, Any] = {"stop": "stop", "logprobs": True, "top_logprobs": 3}
+    whole = ask(client, **asked).json()["choices"][0]
+    streamed = [chunk["choices"][0] for chunk in events(ask(client, **asked, stream=True).text)]
+    content = [entry for choice in streamed for entry in (choice["logprobs"] or {"content": []})["content"]]
+    assert content == whole["logprobs"]["content"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == whole["message"]["content"]
+    for choice in streamed:
+        assert (choice["logprobs"] is None) == (choice["delta"].get("content", "") == "")
+
+
+def test_streamed_completions_keep_counting_their_offsets(kit: Kit, client: TestClient) -> None:
+    kit.dispatcher.answer = lambda work: kit.tokenizer.encode("ab🎉c")
+    body = {"prompt": "x", "logprobs": 0, "stream": True}
+    chunks = events(client.post("/v1/completions", json=body).text)
+    told = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [offset for logprobs in told if logprobs for offset in logprobs["text_offset"]] == [
+        0,
+        1,
+        2,
+        2,
+        2,
+        2,
+        3,
+    ]
+
+
+def test_n_choices_come_by_index_and_usage_sums_them(kit: Kit, client: TestClient) -> None:
+    texts = iter(["one", "two two", "three"] * 2)
+    kit.dispatcher.answer = lambda work: kit.tokenizer.encode(next(texts))
+    body = ask(client, n=3).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert [choice["message"]["content"] for choice in body["choices"]] == ["one", "two two", "three"]
+    lengths = [len(kit.tokenizer.encode(text)) for text in ("one", "two two", "three")]
+    assert body["usage"]["completion_tokens"] == sum(lengths)
+    assert body["usage"]["prompt_tokens"] == len(kit.dispatcher.submitted[0].prompt)
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_n_streamed_choices_each_open_and_end_once(kit: Kit, client: TestClient, usage: bool) -> None:
+    texts = iter(["one", "two two", "three"])
+    kit.dispatcher.answer = lambda work: kit.tokenizer.encode(next(texts))
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    chunks = events(ask(client, n=3, stream=True, **options).text)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    for index, text in enumerate(("one", "two two", "three")):
+        own = [choice for choice in choices if choice["index"] == index]
+        assert own[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(choice["delta"].get("content", "") for choice in own) == text
+        assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + ["stop"]
+    assert ["tunefleet" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert [bool(chunk.get("usage")) for chunk in chunks] == [False] * (len(chunks) - 1) + [usage]
+
+
+@pytest.mark.parametrize(
+    ("field", "limit"), [({"n": 17}, "16"), ({"n": 0}, "1"), ({"n": 1e6}, "int"), ({"n": "2"}, "int")]
+)
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_too_many_choices_are_refused_with_the_limit(
+    client: TestClient, route: str, field: dict[str, Any], limit: str
+) -> None:
+    prompt = {"messages": HELLO} if "chat" in route else {"prompt": "x"}
+    response = client.post(f"/v1/{route}", json={**prompt, **field})
+    assert code(response) == (400, "invalid_request")
+    assert (response.json()["error"]["param"], limit in response.json()["error"]["message"]) == ("n", True)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"presence_penalty": 1},
+        {"frequency_penalty": 1},
+        {"logit_bias": {"1": 1}},
+        {"best_of": 2},
+        {"echo": True},
+        {"suffix": "x"},
+    ],
+)
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_what_is_not_there_is_refused_by_name(client: TestClient, route: str, field: dict[str, Any]) -> None:
+    prompt = {"messages": HELLO} if "chat" in route else {"prompt": "x"}
+    response = client.post(f"/v1/{route}", json={**prompt, **field})
+    assert code(response) == (400, "unsupported_parameter")
+    assert response.json()["error"]["param"] == next(iter(field))
 
 
 @pytest.mark.parametrize(

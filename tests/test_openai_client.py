@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import openai
 import pytest
@@ -101,6 +101,56 @@ def test_completions(client: openai.OpenAI) -> None:
     assert client.completions.create(model="tiny", prompt="hello").choices[0].text == "I am the base."
     chunks = client.completions.create(model="tiny", prompt=[5, 6, 7], stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == "I am the base."
+
+
+def test_chats_logprobs_and_choices(server: Server, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="user:alice", messages=MESSAGES, n=3, logprobs=True, top_logprobs=4
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        content = choice.logprobs.content or []
+        assert b"".join(bytes(token.bytes or ()) for token in content).decode() == choice.message.content
+        assert {len(token.top_logprobs) for token in content} == {4}
+        assert all(token.logprob < 0 for token in content)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == sum(
+        len(choice.logprobs.content or ()) for choice in answer.choices if choice.logprobs
+    )
+
+
+def test_the_stream_helper_puts_choices_and_logprobs_together(server: Server, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "user:alice", "messages": MESSAGES, "n": 2, "logprobs": True}
+    with client.chat.completions.stream(**asked, top_logprobs=1) as stream:
+        final = stream.get_final_completion()
+    plain = client.chat.completions.create(**asked, top_logprobs=1)
+    for streamed, whole in zip(final.choices, plain.choices, strict=True):
+        assert (streamed.index, streamed.finish_reason) == (whole.index, whole.finish_reason)
+        assert streamed.message.content == whole.message.content
+        assert streamed.logprobs is not None
+        assert whole.logprobs is not None
+        assert streamed.logprobs.content == whole.logprobs.content
+
+
+def test_completions_logprobs_and_choices(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="hello", n=2, logprobs=5)
+    assert [choice.text for choice in answer.choices] == ["I am the base."] * 2
+    for choice in answer.choices:
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        assert logprobs.tokens is not None
+        assert "".join(logprobs.tokens) == choice.text
+        assert logprobs.text_offset is not None
+        assert [choice.text[at:][:1] for at in logprobs.text_offset] == [
+            token[:1] for token in logprobs.tokens
+        ]
+        assert {len(top) for top in logprobs.top_logprobs or ()} == {5}
+    chunks = list(client.completions.create(model="tiny", prompt="hello", n=2, logprobs=0, stream=True))
+    for index in range(2):
+        own = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        tokens = [token for choice in own if choice.logprobs for token in choice.logprobs.tokens or ()]
+        assert "".join(choice.text for choice in own) == "".join(tokens) == "I am the base."
 
 
 def test_models(client: openai.OpenAI) -> None:
