@@ -149,6 +149,14 @@ def ask(client: TestClient, user_id: str | None = None, **more: Any) -> httpx2.R
     return client.post("/v1/chat/completions", json={"messages": HELLO, **more}, headers=headers)
 
 
+def events(text: str) -> list[Any]:
+    """The data of a stream; every event has exactly one line."""
+    blocks = text.removesuffix("\n\n").split("\n\n")
+    assert all(block.startswith("data: ") for block in blocks)
+    assert blocks.pop() == "data: [DONE]"
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
 @contextlib.contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """A uvicorn server on a socket of this machine; its URL."""

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -17,8 +16,7 @@ from starlette.responses import PlainTextResponse
 from adapter_factory import adapter_files
 from router_kit import HELLO, Kit, run_async, serving, stored
 from tunefleet import AsyncClient, Client, Fleet
-from tunefleet.answers import Answer, Chunk
-from tunefleet.asking import Asking
+from tunefleet.answers import Chunk
 from tunefleet.async_client import AsyncClientAdapters
 from tunefleet.auth import admin_key, anyone
 from tunefleet.client import ClientAdapters
@@ -88,57 +86,6 @@ def test_a_stream_ends_with_what_it_took(server: Server) -> None:
     assert last.usage is not None
     assert last.served is not None
     assert last.served.adapter_digest == "base"
-
-
-LOGPROBS: dict[str, Asking] = {
-    "chat": {"logprobs": True, "top_logprobs": 2, "n": 2, "seed": 7, "min_p": 0.1},
-    "complete": {"logprobs": 2, "n": 2, "seed": 7, "min_p": 0.1},
-}
-
-
-@run_async
-async def _in_process(kit: Kit, told: list[Answer]) -> None:
-    async with kit.fleet() as fleet:
-        told.append(await fleet.chat(None, HELLO, **LOGPROBS["chat"]))
-        told.append(await fleet.complete(None, "x", **LOGPROBS["complete"]))
-
-
-def test_choices_and_logprobs_are_the_librarys(server: Server, tmp_path: Path) -> None:
-    """Chats over HTTP don't tell offsets; all else is the same."""
-    kit = Kit(tmp_path / "library")
-    for each in (kit, server.kit):
-        each.dispatcher.answer = lambda work: kit.tokenizer.encode(f"é🎉 {work.sampling.seed}")
-    ours: list[Answer] = []
-    _in_process(kit, ours)
-    with Client(server.url) as client:
-        chat = client.chat(None, HELLO, **LOGPROBS["chat"])
-        assert (client.complete(None, "x", **LOGPROBS["complete"]).choices, 2) == (
-            ours[1].choices,
-            len(chat.choices),
-        )
-    for choice, own in zip(chat.choices, ours[0].choices, strict=True):
-        assert (choice.index, choice.text, choice.finish_reason) == (own.index, own.text, own.finish_reason)
-        assert choice.logprobs is not None
-        assert own.logprobs is not None
-        assert choice.logprobs == tuple(
-            msgspec.structs.replace(logprob, text_offset=None) for logprob in own.logprobs
-        )
-    assert chat.logprobs == chat.choices[0].logprobs
-    assert chat.usage == ours[0].usage
-
-
-def test_a_stream_of_choices_is_the_whole_answers(server: Server) -> None:
-    server.kit.dispatcher.answer = lambda work: server.kit.tokenizer.encode(f"é🎉 {work.sampling.seed}")
-    with Client(server.url) as client:
-        whole = client.chat(None, HELLO, **LOGPROBS["chat"])
-        chunks = list(client.stream(None, HELLO, **LOGPROBS["chat"]))
-    for choice in whole.choices:
-        own = [chunk for chunk in chunks if chunk.index == choice.index]
-        assert "".join(chunk.text for chunk in own) == choice.text
-        assert tuple(logprob for chunk in own for logprob in chunk.logprobs or ()) == choice.logprobs
-        assert [chunk.finish_reason for chunk in own if chunk.finish_reason] == ["stop"]
-    assert [chunk.usage for chunk in chunks if chunk.usage] == [whole.usage]
-    assert chunks[-1].served is not None
 
 
 def test_named_adapters_and_archives(server: Server) -> None:
