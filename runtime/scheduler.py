@@ -8,14 +8,14 @@ joins once its adapter has a slot and there is a place in the batch and a row fo
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
 from tunefleet.core import AdapterRef, FinishReason
 from tunefleet.runtime.admission import WaitingLine
-from tunefleet.runtime.fairness import Owner, ServiceCounters
+from tunefleet.runtime.fairness import ServiceCounters
 from tunefleet.runtime.kv_table import KvTable
+from tunefleet.runtime.places import Places
 from tunefleet.runtime.prefixes import PrefixTable
 from tunefleet.runtime.rows import KvOp, RowTable
 from tunefleet.runtime.sequence import Sequence, SequenceState
@@ -23,7 +23,6 @@ from tunefleet.runtime.slots import Activation, Slot, SlotTable
 
 MAX_PREFILL_TOKENS = 128  # a step beside decodes: more would be felt by who is being answered
 MAX_WAIT_STEPS = 64
-MIN_PROGRESS = 16  # tokens between two preemptions for the sake of others' shares
 
 
 class Scheduled(NamedTuple):
@@ -77,14 +76,12 @@ class Scheduler:
         self.slots = slots
         self.rows = rows
         self.prefixes = prefixes
-        self.running: list[Sequence] = []  # in the order in which they joined
         self._kv = KvTable(rows, prefixes)
         self._counters = ServiceCounters()
-        self._line = WaitingLine(slots, self._counters, max_wait_steps)
+        self._places = Places(max_num_seqs, self._counters)
+        self._line = WaitingLine(slots, self._places, self._counters, max_wait_steps)
         self._sequences: dict[str, Sequence] = {}
         self._num_added = 0
-        self._num_running: Counter[Owner] = Counter()
-        self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
         self._max_model_len = max_model_len
         self._max_prefill_tokens = max_prefill_tokens
@@ -97,6 +94,11 @@ class Scheduler:
     def waiting(self) -> list[Sequence]:
         """By arrival."""
         return self._line.sequences
+
+    @property
+    def running(self) -> list[Sequence]:
+        """In the order in which they joined."""
+        return self._places.running
 
     def get(self, request_id: str) -> Sequence | None:
         return self._sequences.get(request_id)
@@ -144,38 +146,33 @@ class Scheduler:
     def activated(self, digest: str) -> None:
         """Its slot is filled."""
         self.slots.ready(digest)
-        self._line.slots_changed()
+        self._line.changed()
 
     def activation_failed(self, digest: str) -> None:
         """Its slot could not be filled, and is free again."""
         self.slots.deactivate(digest)
-        self._line.slots_changed()
+        self._line.changed()
 
     def join(self) -> Sequence | None:
         """Lets the next sequence in that can run now; the caller repeats until None."""
-        if self._is_full and not self._overserved():
+        if not self._places.num_free and not self._places.overserved():
             return None
         sequence = next(filter(self._may_join, self._line.order()), None)
         if sequence is not None:
-            if self._is_full:
-                self._preempt(self._victim_for(sequence.owner), keep_prefix=True)
+            victim = self._victim_for(sequence)
+            if victim is not None:
+                self._preempt(victim, keep_prefix=True)
             self._join(sequence)
         return sequence
 
     def schedule(self) -> Batch:
         """The next step's batch: decodes first, then prefill chunks within the token budget."""
-        self._line.step(self._overserved())
-        planned = self._plan()
-        for sequence in sorted(planned, key=lambda sequence: sequence.arrival):
-            if sequence.state is SequenceState.RUNNING:  # else it was preempted for an older one
-                self._extend(sequence, sequence.num_computed + planned[sequence])
-        scheduled = [
-            Scheduled(sequence, num_tokens, self._slot_of(sequence))
-            for sequence, num_tokens in planned.items()
-            if sequence.state is SequenceState.RUNNING
-        ]
+        self._line.step()
+        scheduled: list[Scheduled] = []
+        while self.running and not scheduled:  # again, if all that were planned gave way to older ones
+            scheduled = self._in_rows(self._plan())
         for entry in scheduled:
-            self._charge(entry)
+            self._charge_decode(entry)
         return Batch(sorted(scheduled, key=self._batch_order), self._kv.take_ops())
 
     def advance(self, batch: Batch, sampled: dict[str, int]) -> list[Sequence]:
@@ -227,12 +224,11 @@ class Scheduler:
         self.slots.check()
         self._kv.check()
         self._counters.check()
-        assert len(self.running) <= self._max_num_seqs
+        self._places.check()
         assert {*self.running, *self.waiting} == {*self._sequences.values()}
         assert len(self.running) + len(self.waiting) == len(self._sequences)
         assert all(sequence.state is SequenceState.RUNNING for sequence in self.running)
         assert all(s.state is SequenceState.WAITING and not s.num_computed for s in self.waiting)
-        assert Counter(sequence.owner for sequence in self.running) == self._num_running
         assert self._counters.num_active == len({sequence.owner for sequence in self._sequences.values()})
         in_use = {sequence.digest for sequence in self.running} - {None}
         assert in_use <= {*self.slots.digests}, "a running sequence's adapter has no slot"
@@ -242,50 +238,24 @@ class Scheduler:
         for sequence in self.running:
             assert sequence.num_computed <= self.rows.row_of(sequence.request_id).length
 
-    @property
-    def _is_full(self) -> bool:
-        return len(self.running) >= self._max_num_seqs
-
-    @property
-    def _share(self) -> int:
-        """Places for each owner that has sequences."""
-        return max(1, self._max_num_seqs // max(1, self._counters.num_active))
-
-    def _overserved(self) -> set[Owner]:
-        """Owners that run more than their share."""
-        share = self._share
-        return {owner for owner, num_running in self._num_running.items() if num_running > share}
-
-    def _victim_for(self, owner: Owner) -> Sequence | None:
-        """Who gives its place to an owner that runs less than its share: the biggest owner's youngest."""
-        if self._num_running[owner] >= self._share:
-            return None
-        overserved = self._overserved()
-        return max(
-            (
-                sequence
-                for sequence in self.running
-                if sequence.owner in overserved and _made_progress(sequence)
-            ),
-            key=lambda sequence: (self._num_running[sequence.owner], sequence.arrival),
-            default=None,
-        )
-
     def _may_join(self, sequence: Sequence) -> bool:
         """Whether it has all that it needs, and leaves what the one that waited too long needs."""
         if sequence.digest is not None and self.slots.lookup(sequence.digest) is None:
             return False
-        victim = self._victim_for(sequence.owner) if self._is_full else None
-        if self._is_full and victim is None:
+        victim = self._victim_for(sequence)
+        if victim is None and not self._places.num_free:
             return False
         freed = self.rows.row_of(victim.request_id).length if victim else 0
         aged = self._line.aged
         if aged is None or aged is sequence:
             return self._kv.can_open(sequence, beside=-freed)
-        takes_last_place = victim is None and len(self.running) + 1 >= self._max_num_seqs
-        if takes_last_place or self._takes_slot(sequence, aged):
+        if (victim is None and self._places.num_free == 1) or self._takes_slot(sequence, aged):
             return False
         return self._kv.can_open(sequence, beside=self._kv.row_tokens(aged) - freed)
+
+    def _victim_for(self, sequence: Sequence) -> Sequence | None:
+        """Who would have to give its place."""
+        return None if self._places.num_free else self._places.victim_for(sequence.owner)
 
     def _takes_slot(self, sequence: Sequence, aged: Sequence) -> bool:
         """Whether its pin could keep a slot from the one that waited too long."""
@@ -295,29 +265,25 @@ class Scheduler:
 
     def _join(self, sequence: Sequence) -> None:
         self._line.join(sequence)
-        self.running.append(sequence)
-        self._num_running[sequence.owner] += 1
+        self._places.take(sequence)
         sequence.state = SequenceState.RUNNING
         if sequence.digest is not None:
             self.slots.pin(sequence.digest)
         sequence.num_computed = self._kv.open(sequence)
-        sequence.num_charged = max(sequence.num_charged, sequence.num_computed)
         if not sequence.num_preemptions:
             sequence.cached_tokens = min(sequence.num_computed, sequence.num_prompt)
+        self._charge_prompt(sequence)
 
     def _leave(self, sequence: Sequence, *, keep_prefix: bool) -> None:
         """Out of the batch: gives back place, row and pin."""
         self._kv.close(sequence, keep_prefix=keep_prefix and sequence.keeps_prefix)
-        self.running.remove(sequence)
-        self._num_running[sequence.owner] -= 1
-        if not self._num_running[sequence.owner]:
-            del self._num_running[sequence.owner]
+        self._places.give_back(sequence)
+        self._line.changed()
         if sequence.digest is not None:
             self.slots.unpin(sequence.digest)
 
-    def _preempt(self, sequence: Sequence | None, *, keep_prefix: bool) -> None:
+    def _preempt(self, sequence: Sequence, *, keep_prefix: bool) -> None:
         """Back to waiting; unless its prefix is kept, all is computed again."""
-        assert sequence is not None
         self._leave(sequence, keep_prefix=keep_prefix)
         sequence.state = SequenceState.WAITING
         sequence.num_computed = 0
@@ -325,10 +291,21 @@ class Scheduler:
         sequence.preempted_at = len(sequence.tokens)
         self._line.add(sequence)
 
+    def _in_rows(self, planned: dict[Sequence, int]) -> list[Scheduled]:
+        """Those for whose tokens there is room, the oldest first."""
+        for sequence in sorted(planned, key=lambda sequence: sequence.arrival):
+            if sequence.state is SequenceState.RUNNING:  # else it was preempted for an older one
+                self._extend(sequence, sequence.num_computed + planned[sequence])
+        return [
+            Scheduled(sequence, num_tokens, self._slot_of(sequence))
+            for sequence, num_tokens in planned.items()
+            if sequence.state is SequenceState.RUNNING
+        ]
+
     def _extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Room in its row; the youngest are preempted for it, in the end itself: the oldest goes on."""
         while not self._kv.extend(sequence, num_tokens):
-            victim = max(self.running, key=lambda running: running.arrival)
+            victim = self._places.youngest()
             self._preempt(victim, keep_prefix=False)
             if victim is sequence:
                 return
@@ -347,14 +324,20 @@ class Scheduler:
                 budget -= planned[sequence]
         return planned
 
-    def _charge(self, entry: Scheduled) -> None:
-        """What is computed again after a preemption is not charged again."""
+    def _charge_prompt(self, sequence: Sequence) -> None:
+        """All of it when it joins, so that others' turn comes before the owner's next one.
+
+        What was cached, or is computed again after a preemption, is free.
+        """
+        charged = max(sequence.num_charged, sequence.num_computed)
+        sequence.num_charged = len(sequence.tokens)
+        self._counters.charge(sequence.owner, num_prefill=max(0, sequence.num_charged - charged))
+
+    def _charge_decode(self, entry: Scheduled) -> None:
         sequence = entry.sequence
-        end = sequence.num_computed + entry.num_tokens
-        num_new = max(0, end - sequence.num_charged)
-        sequence.num_charged = max(end, sequence.num_charged)
-        num_decode = min(num_new, max(0, end - sequence.num_prompt - sequence.num_resumed))
-        self._counters.charge(sequence.owner, num_prefill=num_new - num_decode, num_decode=num_decode)
+        num_new = max(0, sequence.num_computed + entry.num_tokens - sequence.num_charged)
+        sequence.num_charged += num_new
+        self._counters.charge(sequence.owner, num_decode=num_new)
 
     def _batch_order(self, entry: Scheduled) -> tuple[bool, int, int]:
         row = self.rows.row_of(entry.sequence.request_id)
@@ -376,8 +359,3 @@ class Scheduler:
         ):
             return FinishReason.LENGTH
         return None
-
-
-def _made_progress(sequence: Sequence) -> bool:
-    """Since it was preempted last."""
-    return not sequence.num_preemptions or len(sequence.tokens) - sequence.preempted_at >= MIN_PROGRESS

@@ -30,10 +30,10 @@ class AnyHistory(RuleBasedStateMachine):
         max_slots=st.integers(1, 3),
         num_pages=st.sampled_from([8, 10, 13, 64]),
         max_num_seqs=st.integers(1, 5),
-        max_batch_tokens=st.sampled_from([1, 3, 16, 200]),
-        max_prefill_tokens=st.sampled_from([1, 30, 128]),
+        max_batch_tokens=st.sampled_from([2, 16, 200, 200]),
+        max_prefill_tokens=st.sampled_from([3, 30, 128]),
         budget_tokens=st.sampled_from([768, 800, 1300, 3000]),
-        max_wait_steps=st.sampled_from([1, 4, 64]),
+        max_wait_steps=st.sampled_from([1, 4, 64, 64]),
         fill_steps=st.integers(0, 3),
     )
     def begin(self, fill_steps: int, **limits: int) -> None:
@@ -49,12 +49,9 @@ class AnyHistory(RuleBasedStateMachine):
         num_shared=st.one_of(st.integers(0, 20), st.integers(30, 250)),
         num_own=st.one_of(st.integers(1, 4), st.integers(1, 40)),
         max_tokens=st.one_of(st.integers(1, 6), st.integers(1, 60)),
-        seed=st.integers(0, 2),
     )
-    def add(
-        self, digest: str | None, user_id: str, num_shared: int, num_own: int, max_tokens: int, seed: int
-    ) -> None:
-        own = random.Random(seed).choices(range(2, 50), k=num_own)
+    def add(self, digest: str | None, user_id: str, num_shared: int, num_own: int, max_tokens: int) -> None:
+        own = random.Random(num_own).choices(range(2, 50), k=num_own)
         request_id = f"{len(self.added)}"
         self.added[request_id] = new_sequence(
             request_id,
@@ -64,6 +61,17 @@ class AnyHistory(RuleBasedStateMachine):
             max_tokens=max_tokens,
         )
         self.scheduler.add(self.added[request_id])
+
+    @rule(
+        digest=st.sampled_from([None, None, *RANKS]),
+        user_id=st.sampled_from(["alice", "bob", "carol"]),
+        num_shared=st.sampled_from([100, 110, 120, 240]),
+        num_sequences=st.integers(2, 5),
+    )
+    def add_crowd(self, digest: str | None, user_id: str, num_shared: int, num_sequences: int) -> None:
+        """All of them outgrow their rows."""
+        for number in range(num_sequences):
+            self.add(digest, user_id, num_shared, number + 1, 40)
 
     @rule(digest=st.sampled_from([*RANKS]))
     def load(self, digest: str) -> None:
@@ -148,4 +156,4 @@ class AnyHistory(RuleBasedStateMachine):
 
 
 TestAnyHistory = AnyHistory.TestCase
-TestAnyHistory.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAnyHistory.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

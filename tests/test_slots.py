@@ -7,53 +7,129 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunefleet.errors import InvalidState
-from tunefleet.runtime.slots import Activation, Slot, SlotTable, rank_class_of
+from tunefleet.runtime.slots import Activation, Slot, SlotTable
 
 
-def table(max_slots: int = 4, max_bytes: int = 1000) -> SlotTable:
-    """A slot costs as many bytes as its padded rank."""
-    return SlotTable(max_slots, max_bytes, lambda rank_class: rank_class)
+def fill(slots: SlotTable, digest: str, rank: int = 8, *, cost: float = 1.0) -> Activation | None:
+    activation = slots.activate(digest, rank, cost=cost)
+    if activation is not None:
+        slots.ready(digest)
+    return activation
 
 
-@pytest.mark.parametrize(
-    ("rank", "rank_class"),
-    [(1, 8), (7, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 128)],
-)
-def test_a_rank_is_padded_to_a_power_of_two_of_at_least_eight(rank: int, rank_class: int) -> None:
-    assert rank_class == rank_class_of(rank)
+def use(slots: SlotTable, digest: str) -> None:
+    slots.pin(digest)
+    slots.unpin(digest)
 
 
-def test_each_rank_class_counts_its_own_indexes() -> None:
-    slots = table()
-    assert Activation(Slot(8, 0), ()) == slots.activate("a", 4)
-    assert Activation(Slot(16, 0), ()) == slots.activate("b", 16)
-    assert Activation(Slot(8, 1), ()) == slots.activate("c", 8)
-    assert Slot(16, 0) == slots.lookup("b")
-    assert slots.lookup("d") is None
+def test_rank_classes_are_views_of_one_arena() -> None:
+    slots = SlotTable(8, 16)
+    assert Activation("a", Slot(8, 0), ()) == fill(slots, "a", 4)
+    assert Activation("b", Slot(16, 1), ()) == fill(slots, "b", 16)
+    assert Activation("c", Slot(8, 1), ()) == fill(slots, "c", 8)
+    assert Activation("d", Slot(64, 1), ()) == fill(slots, "d", 33)
+    assert Activation("e", Slot(32, 1), ()) == fill(slots, "e", 32)
+    assert [range(1), range(2, 4), range(1, 2), range(8, 16), range(4, 8)] == [
+        slot.pages for slot in map(slots.lookup, "abcde") if slot
+    ]
+    assert slots.used_pages == 16
+    assert slots.lookup("f") is None
 
 
-def test_the_least_recently_used_adapter_goes_first() -> None:
-    slots = table(max_slots=2)
-    slots.activate("a", 8)
-    slots.activate("b", 8)
-    slots.pin("a")
-    slots.unpin("a")
-    assert Activation(Slot(8, 1), (Slot(8, 1),)) == slots.activate("c", 8)
-    assert slots.digests == ("a", "c")
-
-
-def test_several_small_adapters_make_room_for_a_wide_one() -> None:
-    slots = table(max_bytes=32)
+def test_a_freed_slot_is_used_again_before_higher_ones() -> None:
+    slots = SlotTable(8, 8)
     for digest in "abc":
-        slots.activate(digest, 8)
-    assert Activation(Slot(16, 0), (Slot(8, 0),)) == slots.activate("wide", 16)
-    assert Activation(Slot(32, 0), (Slot(8, 1), Slot(8, 2), Slot(16, 0))) == slots.activate("wider", 32)
-    assert slots.digests == ("wider",)
+        fill(slots, digest)
+    assert Slot(8, 1) == slots.deactivate("b")
+    assert Activation("d", Slot(8, 1), ()) == fill(slots, "d")
+
+
+def test_a_slot_is_used_only_once_it_is_filled() -> None:
+    slots = SlotTable(2, 8)
+    slots.activate("a", 8)
+    assert slots.holds("a")
+    assert slots.lookup("a") is None
+    assert slots.digests == ()
+    with pytest.raises(InvalidState, match="not ready"):
+        slots.pin("a")
+    slots.ready("a")
+    assert Slot(8, 0) == slots.lookup("a") == slots.pin("a")
+
+
+def test_who_is_being_filled_is_not_evicted() -> None:
+    slots = SlotTable(1, 8)
+    slots.activate("a", 8)
+    assert slots.activate("b", 8) is None
+    slots.ready("a")
+    assert Activation("b", Slot(8, 0), ("a",)) == slots.activate("b", 8)
+
+
+def test_a_fill_that_fails_frees_the_slot() -> None:
+    slots = SlotTable(1, 8)
+    slots.activate("a", 8)
+    assert Slot(8, 0) == slots.deactivate("a")
+    assert not slots.holds("a")
+
+
+def test_of_equals_the_least_recently_used_goes_first() -> None:
+    slots = SlotTable(2, 8)
+    fill(slots, "a")
+    fill(slots, "b")
+    use(slots, "b")
+    use(slots, "a")
+    assert Activation("c", Slot(8, 1), ("b",)) == fill(slots, "c")
+
+
+def test_who_is_used_often_stays_before_who_was_used_last() -> None:
+    slots = SlotTable(2, 8)
+    fill(slots, "often")
+    for _ in range(5):
+        use(slots, "often")
+    fill(slots, "last")
+    use(slots, "last")
+    assert Activation("new", Slot(8, 1), ("last",)) == fill(slots, "new")
+
+
+def test_who_was_used_often_long_ago_goes_in_the_end() -> None:
+    slots = SlotTable(2, 8)
+    fill(slots, "often")
+    for _ in range(5):
+        use(slots, "often")
+    for number in range(20):
+        fill(slots, f"{number}")
+        use(slots, f"{number}")
+        if not slots.holds("often"):
+            break
+    assert 3 <= number <= 10
+
+
+def test_what_costs_more_to_load_stays_longer() -> None:
+    slots = SlotTable(2, 8)
+    fill(slots, "dear", cost=10.0)
+    fill(slots, "cheap", cost=1.0)
+    use(slots, "cheap")
+    assert Activation("new", Slot(8, 1), ("cheap",)) == fill(slots, "new")
+
+
+def test_what_takes_more_room_goes_before_what_takes_less() -> None:
+    slots = SlotTable(2, 16)
+    fill(slots, "wide", 64)
+    fill(slots, "narrow", 8)
+    assert Activation("new", Slot(8, 0), ("wide",)) == fill(slots, "new")
+
+
+def test_several_small_adapters_make_room_for_a_wide_one_where_they_are_worth_least() -> None:
+    slots = SlotTable(8, 4)
+    for digest in "abcd":
+        fill(slots, digest)
+    use(slots, "a")
+    assert Activation("wide", Slot(16, 1), ("c", "d")) == fill(slots, "wide", 16)
+    assert Activation("wider", Slot(32, 0), ("a", "b", "wide")) == fill(slots, "wider", 32)
 
 
 def test_a_pinned_adapter_stays_and_the_newcomer_waits() -> None:
-    slots = table(max_slots=1)
-    slots.activate("a", 8)
+    slots = SlotTable(1, 8)
+    fill(slots, "a")
     slots.pin("a")
     slots.pin("a")
     slots.unpin("a")
@@ -64,26 +140,38 @@ def test_a_pinned_adapter_stays_and_the_newcomer_waits() -> None:
 
 
 def test_a_refusal_evicts_nobody() -> None:
-    slots = table(max_bytes=24)
-    slots.activate("small", 8)
-    slots.activate("pinned", 16)
-    slots.pin("pinned")
+    slots = SlotTable(8, 4)
+    for digest in "abcd":
+        fill(slots, digest)
+    slots.pin("a")
+    slots.pin("d")
     assert slots.activate("wide", 16) is None
-    assert slots.digests == ("small", "pinned")
+    assert slots.digests == ("a", "b", "c", "d")
+    slots.check()
 
 
-def test_an_adapter_larger_than_the_budget_never_fits() -> None:
-    slots = table(max_bytes=16)
+def test_who_is_kept_is_not_evicted() -> None:
+    slots = SlotTable(2, 8)
+    fill(slots, "a")
+    fill(slots, "b")
+    assert slots.activate("c", 8, kept={"a", "b"}) is None
+    assert Activation("c", Slot(8, 1), ("b",)) == slots.activate("c", 8, kept={"a"})
+
+
+def test_an_adapter_larger_than_the_arena_never_fits() -> None:
+    slots = SlotTable(8, 3)
     assert slots.fits_ever(16)
     assert not slots.fits_ever(17)
     assert slots.activate("wide", 17) is None
 
 
 def test_misuse_is_an_invalid_state() -> None:
-    slots = table()
-    slots.activate("abc", 8)
+    slots = SlotTable(8, 8)
+    fill(slots, "abc")
     with pytest.raises(InvalidState, match="has a slot already"):
         slots.activate("abc", 8)
+    with pytest.raises(InvalidState, match="ready already"):
+        slots.ready("abc")
     with pytest.raises(InvalidState, match="not pinned"):
         slots.unpin("abc")
     slots.pin("abc")
@@ -92,78 +180,61 @@ def test_misuse_is_an_invalid_state() -> None:
     slots.check()
 
 
-class Model:
-    """The same policy on plain lists: residents as (digest, rank class, pins), oldest first."""
-
-    def __init__(self, max_slots: int, max_bytes: int) -> None:
-        self.max_slots = max_slots
-        self.max_bytes = max_bytes
-        self.residents: list[tuple[str, int, int]] = []
-
-    def fits(self, kept: list[tuple[str, int, int]], num_bytes: int) -> bool:
-        used = sum(rank_class for _, rank_class, _ in kept)
-        return len(kept) < self.max_slots and used + num_bytes <= self.max_bytes
-
-    def activate(self, digest: str, rank_class: int) -> list[str] | None:
-        kept = list(self.residents)
-        evicted = []
-        for resident in self.residents:
-            if self.fits(kept, rank_class):
-                break
-            if not resident[2]:
-                kept.remove(resident)
-                evicted.append(resident[0])
-        if not self.fits(kept, rank_class):
-            return None
-        self.residents = [*kept, (digest, rank_class, 0)]
-        return evicted
-
-    def change_pins(self, digest: str, change: int) -> None:
-        index = next(i for i, resident in enumerate(self.residents) if resident[0] == digest)
-        _, rank_class, pins = self.residents[index]
-        changed = (digest, rank_class, pins + change)
-        if change > 0:
-            self.residents = [*self.residents[:index], *self.residents[index + 1 :], changed]
-        else:
-            self.residents[index] = changed
-
-
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["use", "use", "pin", "unpin", "deactivate"]), st.integers(0, 7)), max_size=60
+    st.tuples(
+        st.sampled_from(["activate", "activate", "ready", "pin", "unpin", "deactivate"]), st.integers(0, 7)
+    ),
+    max_size=80,
 )
+LOOSE, FILLING = 0, -1  # otherwise the number of pins
 
 
-@settings(max_examples=150, deadline=None)
-@given(OPERATIONS, st.integers(1, 5), st.integers(16, 150))
-def test_any_history_gives_what_plain_lists_give(
-    operations: list[tuple[str, int]], max_slots: int, max_bytes: int
+@settings(max_examples=200, deadline=None)
+@given(OPERATIONS, st.integers(1, 5), st.integers(1, 20))
+def test_in_any_history_budgets_hold_and_nobody_in_use_loses_a_slot(
+    operations: list[tuple[str, int]], max_slots: int, num_pages: int
 ) -> None:
-    slots = table(max_slots, max_bytes)
-    model = Model(max_slots, max_bytes)
+    slots = SlotTable(max_slots, num_pages)
+    model: dict[str, int] = {}
+    places: dict[str, Slot] = {}
     for operation, number in operations:
         digest, rank = f"{number}", (4, 8, 9, 16, 20, 33, 40, 64)[number]
-        pins = {name: pins for name, _, pins in model.residents}
-        places = {name: slots.lookup(name) for name in pins}
-        if operation == "use" and digest not in pins:
-            expected = model.activate(digest, rank_class_of(rank))
-            activation = slots.activate(digest, rank)
-            assert expected == (None if activation is None else _names(activation, places))
-        elif operation == "pin" and digest in pins:
-            model.change_pins(digest, 1)
+        state = model.get(digest)
+        if operation == "activate" and state is None:
+            activation = slots.activate(digest, rank, cost=number + 1)
+            if activation is None:
+                assert must_wait(rank, max_slots, num_pages, model, places)
+            else:
+                for evicted in activation.evicted:
+                    assert model.pop(evicted) == LOOSE
+                    del places[evicted]
+                model[digest], places[digest] = FILLING, activation.slot
+        elif operation == "ready" and state == FILLING:
+            slots.ready(digest)
+            model[digest] = LOOSE
+        elif operation == "pin" and state is not None and state >= 0:
             assert places[digest] == slots.pin(digest)
-        elif operation == "unpin" and pins.get(digest):
-            model.change_pins(digest, -1)
+            model[digest] += 1
+        elif operation == "unpin" and state is not None and state > 0:
             slots.unpin(digest)
-        elif operation == "deactivate" and pins.get(digest) == 0:
-            model.residents = [resident for resident in model.residents if resident[0] != digest]
-            assert places[digest] == slots.deactivate(digest)
+            model[digest] -= 1
+        elif operation == "deactivate" and state in (FILLING, LOOSE):
+            assert places.pop(digest) == slots.deactivate(digest)
+            del model[digest]
         slots.check()
-        assert [name for name, _, _ in model.residents] == list(slots.digests)
-        assert [bool(pins) for _, _, pins in model.residents] == [
-            slots.is_pinned(name) for name in slots.digests
-        ]
+        ready = {name: place for name, place in places.items() if model[name] != FILLING}
+        assert ready == {name: slots.lookup(name) for name in slots.digests}
+        assert {name for name in model if model[name] > 0} == set(filter(slots.is_pinned, model))
 
 
-def _names(activation: Activation, places: dict[str, Slot | None]) -> list[str]:
-    by_slot = {slot: name for name, slot in places.items()}
-    return [by_slot[slot] for slot in activation.evicted]
+def must_wait(
+    rank: int, max_slots: int, num_pages: int, model: dict[str, int], places: dict[str, Slot]
+) -> bool:
+    """Whether no place is free of adapters in use, or no adapter may go."""
+    in_use = [places[name] for name, state in model.items() if state != LOOSE]
+    taken = {page for slot in in_use for page in slot.pages}
+    size = max(1, (1 << (rank - 1).bit_length()) // 8)
+    places_left = [
+        start for start in range(0, num_pages - size + 1, size) if not taken & set(range(start, start + size))
+    ]
+    return not places_left or len(in_use) >= max_slots
