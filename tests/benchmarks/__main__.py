@@ -1,61 +1,101 @@
-"""Prints the figures of README's table."""
+"""``make bench``: prints one table, and writes it as JSON with a picture per family to build/bench."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 
-import torch
-from tests.benchmarks import limits, lookup, store, waking
-from tests.benchmarks.throughput import Throughput
+from tests.benchmarks import limits, report
+from tests.benchmarks.bases import manifest_of, quickstart_base, tiny_base
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.families import FAMILIES
+from tests.benchmarks.figures import Family, Figure
+from tests.benchmarks.plots import plot
+from transformers.utils import logging
 
-from tunefleet.config import resolve
-from tunefleet.core import Manifest
-from tunefleet.runtime.base import locate_base, read_manifest
+OUT = Path("build/bench")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    base_dir = locate_base(resolve(), progress=print)
-    manifest = read_manifest(base_dir)
-    cores = len(os.sched_getaffinity(0))
-    print(
-        f"{platform.machine()}, {cores} cores, torch {torch.__version__}, {manifest.base_id} {manifest.dtype}"
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 1 where a family failed. A bar that isn't reached is in the table, and no failure."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.families if name not in FAMILIES]
+    if unknown:
+        parser.error(f"no family is called {unknown[0]}; there are {', '.join(FAMILIES)}")
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with tempfile.TemporaryDirectory(prefix="tunefleet-bench-") as name:
+        folder = Path(name)
+        base_dir = tiny_base(folder / "base") if options.quick else quickstart_base()
+        repeats = 1 if options.quick else options.repeats
+        bench = Bench(base_dir, manifest_of(base_dir), folder, repeats, options.quick)
+        names = options.families or list(FAMILIES)
+        return run(bench, {name: FAMILIES[name] for name in names}, options.out)
+
+
+def run(bench: Bench, families: Mapping[str, Family], out: Path) -> int:
+    """Measures these families, one after another; what one fails with keeps no other from being measured."""
+    print(_head(bench), flush=True)
+    block_mb = bench.size(512, 8)
+    measured: list[limits.Limits] = []
+    found: dict[str, list[Figure]] = {}
+    failures: dict[str, str] = {}
+    for name, measure in families.items():
+        measured.append(limits.measure(block_mb))
+        started = time.monotonic()
+        try:
+            found[name] = list(measure(bench))
+        except Exception:  # the other families are worth having; the exit code tells
+            failures[name] = traceback.format_exc()
+        print(f"  {name}: {time.monotonic() - started:.0f} s", flush=True)
+    found = {"machine": list(limits.figures([*measured, limits.measure(block_mb)])), **found}
+    print(f"\n{report.table(found)}\n")
+    _write(bench, found, failures, out)
+    for name in report.missed(found):
+        print(f"NOT REACHED: {name}")
+    for name, trace in failures.items():
+        print(f"FAILED: {name}\n{trace}")
+    return 1 if failures else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tests.benchmarks", description=__doc__)
+    parser.add_argument("families", nargs="*", help=f"some of {', '.join(FAMILIES)}; else all")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="runs of what is quick; the rest runs less often"
     )
-    print(f"memory {limits.memory_gb_per_s():.1f} GB/s, ", end="")
-    print(f"float32 products {limits.matmul_gflops(torch.float32):.0f} GFLOP/s, ", end="")
-    print(f"bfloat16 {limits.matmul_gflops(torch.bfloat16):.0f} GFLOP/s; medians of {repeats} runs\n")
-    print_store(manifest, repeats)
-    print()
-    rates = Throughput(base_dir, manifest).measure(repeats)
-    reference = rates["transformers generate, no adapter"]
-    for name, rate in rates.items():
-        print(f"{name:<36} {rate:7.0f} tokens/s   {rate / reference:5.2f} x")
-    seconds = waking.measure(base_dir, manifest, repeats)
-    print()
-    for name, value in seconds.items():
-        print(f"zero to first token, {name:<15} {value:7.3f} s   {seconds['fresh process'] / value:5.1f} x")
+    parser.add_argument("--quick", action="store_true", help="a tiny base, one short run: does it work?")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of JSON and pictures")
+    return parser
 
 
-def print_store(manifest: Manifest, repeats: int) -> None:
-    for num_users in (1_000, 10_000, 100_000):
-        found = lookup.measure(num_users)
-        print(f"lookup among {num_users:>7,} users   p50 {found.p50 * 1000:.3f} ms", end="   ")
-        print(f"p99 {found.p99 * 1000:.3f} ms")
-    with store.s3() as server:
-        upload = store.uploads(server, manifest, repeats)
-        print(f"upload of {store.UPLOAD_MB} MB to S3   {upload.mb_per_s:.0f} MB/s", end="   ")
-        print(f"{upload.extra_mb:+.0f} MB of router memory")
-        for size, climb in store.climbs(server, manifest, repeats).items():
-            print(f"adapter of {size:>2} MB   download {climb.download * 1000:.1f} ms", end="   ")
-            print(f"prepare {climb.prepare * 1000:.1f} ms   into slot {climb.into_slot * 1000:.1f} ms")
-        crowd = store.crowd(server, manifest)
-        print(f"{store.NUM_WAITERS} requests for a cold digest: {crowd.num_downloads} download", end="   ")
-        print(f"{crowd.seconds * 1000:.0f} ms")
+def _head(bench: Bench) -> str:
+    found = report.machine()
+    return (
+        f"{found['cpu']}, {found['cores']} cores; torch {found['torch']}, transformers "
+        f"{found['transformers']}, peft {found['peft']}; {bench.manifest.base_id} in {bench.manifest.dtype}; "
+        f"commit {found['commit']}\nMedians of up to {bench.repeats} runs. "
+        "All of it takes about 25 minutes on 2 cores."
+    )
+
+
+def _write(bench: Bench, families: dict[str, list[Figure]], failures: dict[str, str], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    stem = f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}-{report.commit() or 'nocommit'}"
+    written = out / f"{stem}.json"
+    written.write_text(report.as_json(bench, families, failures))
+    for name, figures in families.items():
+        plot(name, figures, out / f"{stem}-{name}.png")
+    print(f"written: {written}, and a picture per family beside it")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

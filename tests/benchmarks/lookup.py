@@ -6,16 +6,21 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import insert
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.figures import Figure, at_most, figure
 
 from tunefleet.adapters_store import schema
 from tunefleet.adapters_store.catalog import AdapterName, Catalog
 from tunefleet.adapters_store.database import Database
 
 NUM_LOOKUPS = 3000
+MOST_USERS = 100_000
+MAX_ROUNDS = 3
 BASE = "bench@000000000000"
 _AT = "2026-01-01T00:00:00.000000Z"
 
@@ -27,14 +32,24 @@ class Lookup(NamedTuple):
     p99: float
 
 
-def measure(num_users: int) -> Lookup:
+def measure(bench: Bench) -> Iterator[Figure]:
+    counts = (100,) if bench.quick else (1_000, 10_000, MOST_USERS)
+    for num_users in counts:
+        found = _lookups(num_users, min(bench.repeats, MAX_ROUNDS))
+        bar = at_most(0.3) if num_users == MOST_USERS else None
+        name = f"lookup among {num_users:,} users"
+        yield figure(f"{name}: p50", "ms", (1000 * lookup.p50 for lookup in found), bar=bar)
+        yield figure(f"{name}: p99", "ms", (1000 * lookup.p99 for lookup in found))
+
+
+def _lookups(num_users: int, rounds: int) -> list[Lookup]:
     """Random users of a catalog that holds one version each."""
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder) / 'catalog.db'}"
         fill(url, num_users)
         catalog = Catalog(url)
         try:
-            return _timed(catalog, num_users)
+            return [_timed(catalog, num_users) for _ in range(rounds)]
         finally:
             catalog.close()
 

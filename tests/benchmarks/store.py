@@ -8,18 +8,20 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
+from tests.benchmarks.bases import manifest_of, quickstart_base
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.figures import Figure, figure
 from tests.s3_servers import CREDENTIALS, JuiceFS
 
 from tunefleet import Client
@@ -28,8 +30,7 @@ from tunefleet.adapters_store.store import AdapterStore
 from tunefleet.adapters_store.tiers import Tiers
 from tunefleet.config import resolve
 from tunefleet.core import AdapterRef, Manifest
-from tunefleet.runtime.engine import map_prepared
-from tunefleet.runtime.lora import Banks
+from tunefleet.runtime.banks import Banks, map_prepared
 from tunefleet.runtime.slots import Slot
 
 MB = 1_000_000
@@ -37,10 +38,11 @@ SIZES_MB = (1, 5, 50)
 UPLOAD_MB = 200
 NUM_WAITERS = 100
 MAX_RANK = 256
+ARENA_BYTES = 2**30
 
 
 class Uploads(NamedTuple):
-    mb_per_s: float
+    mb_per_s: list[float]
     extra_mb: float  # of the router's memory, over what it had before the first upload
 
 
@@ -59,6 +61,28 @@ class Crowd(NamedTuple):
     seconds: float
 
 
+def measure(bench: Bench) -> Iterator[Figure]:
+    """Of adapters for the quickstart base, whatever is measured otherwise: its server serves that."""
+    manifest = manifest_of(quickstart_base())
+    with s3() as server:
+        size = bench.size(UPLOAD_MB, 2)
+        upload = uploads(server, manifest, bench.repeats, size)
+        yield figure(f"upload of {size} MB to S3", "MB/s", upload.mb_per_s)
+        yield figure(f"upload of {size} MB: the router's memory grows by", "MB", [upload.extra_mb])
+        for size in SIZES_MB[: bench.size(len(SIZES_MB), 1)]:
+            yield from _stages(size, climbs(server, manifest, size, bench.repeats))
+        found = crowd(server, manifest)
+        name = f"{NUM_WAITERS} requests for a cold adapter"
+        yield figure(f"{name}: downloads", "downloads", [found.num_downloads])
+        yield figure(name, "ms", [1000 * found.seconds])
+
+
+def _stages(size_mb: int, found: Sequence[Climb]) -> Iterator[Figure]:
+    for stage, seconds in zip(Climb._fields, zip(*found, strict=True), strict=True):
+        name = f"adapter of {size_mb} MB: {stage.replace('_', ' ')}"
+        yield figure(name, "ms", (1000 * value for value in seconds))
+
+
 @contextlib.contextmanager
 def s3() -> Iterator[JuiceFS]:
     os.environ.update(CREDENTIALS)
@@ -71,13 +95,11 @@ def s3() -> Iterator[JuiceFS]:
             server.kill()
 
 
-def uploads(server: JuiceFS, manifest: Manifest, repeats: int) -> Uploads:
+def uploads(server: JuiceFS, manifest: Manifest, repeats: int, size_mb: int) -> Uploads:
     """Of large adapters, with the client's own push, to a router in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        adapters = [
-            _adapter(folder / str(seed), manifest, UPLOAD_MB * MB, seed) for seed in range(repeats + 1)
-        ]
+        adapters = [_adapter(folder / str(seed), manifest, size_mb * MB, seed) for seed in range(repeats + 1)]
         with _router(server, folder) as (url, pid), Client(url) as client:
             client.adapters.push("small", _adapter(folder / "small", manifest, MB, 99))
             before = _peak_mb(pid)
@@ -86,20 +108,12 @@ def uploads(server: JuiceFS, manifest: Manifest, repeats: int) -> Uploads:
                 started = time.perf_counter()
                 client.adapters.push("large", adapter)
                 seconds.append(time.perf_counter() - started)
-            return Uploads(UPLOAD_MB / statistics.median(seconds[1:]), _peak_mb(pid) - before)
+            return Uploads([size_mb / value for value in seconds[1:]], _peak_mb(pid) - before)
 
 
-def climbs(server: JuiceFS, manifest: Manifest, repeats: int) -> dict[int, Climb]:
-    """Medians by size in MB, each adapter cold."""
-    return {
-        size: Climb(
-            *(
-                statistics.median(column)
-                for column in zip(*asyncio.run(_climb(server, manifest, size, repeats + 1))[1:], strict=True)
-            )
-        )
-        for size in SIZES_MB
-    }
+def climbs(server: JuiceFS, manifest: Manifest, size_mb: int, repeats: int) -> list[Climb]:
+    """Of so many adapters, each cold."""
+    return asyncio.run(_climb(server, manifest, size_mb, repeats + 1))[1:]
 
 
 def crowd(server: JuiceFS, manifest: Manifest) -> Crowd:
@@ -112,12 +126,13 @@ async def _climb(server: JuiceFS, manifest: Manifest, size_mb: int, count: int) 
         store_url = server.url(server.make_bucket())
         refs = await _pushed(store_url, manifest, folder, size_mb, count)
         tiers = _tiers(open_store(store_url), manifest, folder)
-        banks = Banks(manifest.linears, torch.float32, torch.device("cpu"))
+        banks = Banks(manifest.linears, torch.float32, torch.device("cpu"), ARENA_BYTES)
         found = []
         for ref in refs:
             fetched = await tiers.fetch(ref)
             started = time.perf_counter()
-            banks.fill(Slot(ref.rank, 0), map_prepared(fetched.path, manifest.linears))
+            mapped = map_prepared(fetched.path, manifest.linears)
+            banks.filling(Slot(mapped.rank_class, 0), mapped).copy(mapped.num_bytes)
             found.append(Climb(fetched.download_s, fetched.load_s, time.perf_counter() - started))
         await tiers.close()
         return found

@@ -1,99 +1,148 @@
-"""Tokens per second of 32 requests at once (64 tokens in, 64 out, greedy), against transformers' generate."""
+"""Tokens per second against batch size, number of adapters and their ranks, beside transformers and PEFT.
+
+Every request has 64 tokens in and 64 out (greedy, random prompts that are new in each run), all are sent at
+once, and all ways take turns in every round.
+"""
 
 from __future__ import annotations
 
 import random
-import statistics
-import tempfile
-import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import torch
-from safetensors.numpy import save_file
-from transformers import AutoModelForCausalLM
+from tests.benchmarks.adapters import MIXED_RANKS, make_adapters, prepared, shelve
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.engines import NUM_WARM_UPS, EngineClient
+from tests.benchmarks.figures import Figure, at_least, counted, figure, ratios
+from tests.benchmarks.references import Generate, Peft
+from tests.benchmarks.traces import decode_tokens_per_s, prefill_tokens_per_s, tokens_per_s
 
-from tunefleet.core import AdapterRef, Manifest, SamplingParams
-from tunefleet.messages import Submit
-from tunefleet.runtime.engine import Engine, EngineLimits
-from tunefleet.runtime.model import load_model
+from tunefleet.core import AdapterRef
 
-NUM_REQUESTS = 32
-PROMPT_TOKENS = ANSWER_TOKENS = 64
 RANK = 8
-SLOT_BYTES = 12_000_000  # of one adapter on all layers of the quickstart base, generously
+MAX_PEFT_ROUNDS = 2  # it takes its time
+PEFT_TOKENS = (1, 5)  # answers of two short runs, from which one of the full length is extrapolated
+GENERATE, MIXED, SWITCHING = "transformers generate", "PEFT adapter_names", "PEFT set_adapter"
 
 
-class Throughput:
-    """One prepared base; engine and reference take turns."""
+class Way(NamedTuple):
+    """One way to run the engine."""
 
-    def __init__(self, base_dir: Path, manifest: Manifest) -> None:
-        self._base_dir = base_dir
-        self._manifest = manifest
-        generator = random.Random(0)
-        self._prompts = [
-            tuple(generator.randrange(100, manifest.vocab_size) for _ in range(PROMPT_TOKENS))
-            for _ in range(NUM_REQUESTS)
+    batch: int
+    num_adapters: int
+    is_mixed: bool = False  # ranks 4 to 64; else all 8
+
+    def __str__(self) -> str:
+        if not self.num_adapters:
+            return f"{counted(self.batch, 'sequence')}, no adapter"
+        ranks = f"ranks {MIXED_RANKS[0]} to {MIXED_RANKS[-1]}" if self.is_mixed else f"rank {RANK}"
+        return f"{counted(self.batch, 'sequence')}, {counted(self.num_adapters, 'adapter')} of {ranks}"
+
+
+class Rates(NamedTuple):
+    """Tokens/s of one run."""
+
+    overall: float  # answer tokens, prefill included
+    prefill: float
+    decode: float
+
+
+def measure(bench: Bench) -> Iterator[Figure]:
+    most = bench.size(32, 4)
+    adapters = make_adapters(bench, [RANK] * most)
+    mixed = make_adapters(bench, [MIXED_RANKS[index % len(MIXED_RANKS)] for index in range(most)], seed=1)
+    disk_dir = bench.folder / "throughput-disk"
+    refs, mixed_refs = shelve(adapters, disk_dir, most), shelve(mixed, disk_dir, most)
+    with prepared(bench, disk_dir, [*refs, *mixed_refs]) as paths:
+        runs = _Runs(bench, refs, mixed_refs, EngineClient(bench, paths, max_num_seqs=most))
+        rates, references = runs.in_turn(_ways(most), adapters)
+    yield from _figures(rates)
+    yield from _beside(rates, references, most)
+
+
+class _Runs:
+    """Engine and references, each loaded once."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        refs: Sequence[AdapterRef],
+        mixed_refs: Sequence[AdapterRef],
+        client: EngineClient,
+    ) -> None:
+        self._bench = bench
+        self._refs = refs
+        self._mixed_refs = mixed_refs
+        self._client = client
+        self._num_tokens = bench.size(64, 8)
+        self._generator = random.Random(0)
+
+    def in_turn(
+        self, ways: Sequence[Way], folders: Sequence[Path]
+    ) -> tuple[dict[Way, list[Rates]], dict[str, list[float]]]:
+        generate, peft = Generate(self._bench), Peft(self._bench, folders)
+        prompts = self._prompts(len(folders))
+        few = prompts[: len(folders) // 16 or 1]
+        beside: dict[str, Callable[[], float]] = {
+            GENERATE: lambda: generate.tokens_per_s(self._prompts(len(folders)), self._num_tokens),
+            MIXED: lambda: peft.mixed_tokens_per_s(prompts, self._num_tokens, PEFT_TOKENS),
+            SWITCHING: lambda: peft.switching_tokens_per_s(few, self._num_tokens, PEFT_TOKENS),
+        }
+        for _ in range(NUM_WARM_UPS):
+            self._run(ways[-1])
+        rates: dict[Way, list[Rates]] = {way: [] for way in ways}
+        references: dict[str, list[float]] = {name: [] for name in beside}
+        for round_ in range(self._bench.repeats):
+            for name, run in beside.items():
+                if name == GENERATE or round_ < MAX_PEFT_ROUNDS:
+                    references[name].append(run())
+            for way in ways:
+                rates[way].append(self._run(way))
+        return rates, references
+
+    def _run(self, way: Way) -> Rates:
+        refs = self._mixed_refs if way.is_mixed else self._refs
+        adapters = [
+            refs[index % way.num_adapters] if way.num_adapters else None for index in range(way.batch)
         ]
+        self._client.burst(self._prompts(way.num_adapters, 2), 1, adapters[: way.num_adapters])  # into slots
+        traces = self._client.burst(self._prompts(way.batch), self._num_tokens, adapters)
+        return Rates(tokens_per_s(traces), prefill_tokens_per_s(traces), decode_tokens_per_s(traces))
 
-    def measure(self, repeats: int) -> dict[str, float]:
-        """Median tokens/s by what was run; each way runs ``repeats`` times, in turn."""
-        with tempfile.TemporaryDirectory() as folder:
-            adapters = [self._adapter(Path(folder), index) for index in range(NUM_REQUESTS)]
-            reference = AutoModelForCausalLM.from_pretrained(
-                self._base_dir, dtype=getattr(torch, self._manifest.dtype)
-            ).eval()
-            engine = self._engine(adapters)
-            ways = {
-                "transformers generate, no adapter": lambda: self._generate(reference),
-                "engine, no adapter": lambda: self._run(engine, [None] * NUM_REQUESTS),
-                "engine, 1 adapter": lambda: self._run(engine, [adapters[0]] * NUM_REQUESTS),
-                "engine, 32 adapters": lambda: self._run(engine, list(adapters)),
-            }
-            rates: dict[str, list[float]] = {name: [] for name in ways}
-            for name, way in ways.items():
-                way()  # not counted
-                assert name
-            for _ in range(repeats):
-                for name, way in ways.items():
-                    started = time.perf_counter()
-                    way()
-                    rates[name].append(NUM_REQUESTS * ANSWER_TOKENS / (time.perf_counter() - started))
-        return {name: statistics.median(measured) for name, measured in rates.items()}
+    def _prompts(self, count: int, length: int | None = None) -> list[tuple[int, ...]]:
+        return self._bench.prompts(self._generator, count, length or self._num_tokens)
 
-    @torch.inference_mode()
-    def _generate(self, model: torch.nn.Module) -> None:
-        model.generate(  # type: ignore[operator]
-            input_ids=torch.tensor(self._prompts),
-            max_new_tokens=ANSWER_TOKENS,
-            min_new_tokens=ANSWER_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
 
-    def _engine(self, adapters: list[AdapterRef]) -> Engine:
-        limits = EngineLimits(
-            max_num_seqs=NUM_REQUESTS, max_batch_tokens=4096, device_adapter_bytes=len(adapters) * SLOT_BYTES
-        )
-        return Engine(load_model(self._base_dir), self._manifest, limits, time.monotonic)
+def _ways(most: int) -> list[Way]:
+    """Batches and adapters of 1, 8 and 32; a quarter of that in a quick run."""
+    counts = sorted({1, max(1, most // 4), most})
+    ways = [Way(batch, num) for batch in counts for num in (0, *counts) if num <= batch]
+    mixed = [Way(batch, num, is_mixed=True) for batch, num, _ in ways if num > 1]
+    return ways + mixed
 
-    def _run(self, engine: Engine, adapters: list[AdapterRef | None]) -> None:
-        params = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True)
-        for index, (prompt, adapter) in enumerate(zip(self._prompts, adapters, strict=True)):
-            engine.add(Submit(request_id=str(index), prompt=prompt, sampling=params, adapter=adapter))
-        for ref in engine.missing_adapters():
-            engine.adapter_loaded(ref.digest, Path(ref.key), 0.0, 0.0)
-        while engine.scheduler:
-            for progress in engine.step():
-                assert not progress.error, progress.error
 
-    def _adapter(self, folder: Path, seed: int) -> AdapterRef:
-        """A random prepared file on every linear layer."""
-        generator = np.random.default_rng(seed)
-        tensors = {}
-        for path, spec in self._manifest.linears.items():
-            tensors[f"{path}.A"] = generator.normal(0, 0.02, (RANK, spec.in_features)).astype(np.float32)
-            tensors[f"{path}.B"] = generator.normal(0, 0.02, (RANK, spec.out_features)).astype(np.float32)
-        file = folder / f"{seed}.safetensors"
-        save_file(tensors, file)
-        return AdapterRef(f"{seed:064x}", "default", str(file), "", file.stat().st_size, RANK)
+def _figures(rates: dict[Way, list[Rates]]) -> Iterator[Figure]:
+    for way, runs in rates.items():
+        yield figure(f"decode, {way}", "tokens/s", (run.decode for run in runs))
+    for way, runs in rates.items():
+        yield figure(f"prefill, {way}", "tokens/s", (run.prefill for run in runs))
+
+
+def _beside(rates: dict[Way, list[Rates]], references: dict[str, list[float]], most: int) -> Iterator[Figure]:
+    generated = references[GENERATE]
+    yield figure(f"{GENERATE}, batch {most}, no adapter", "tokens/s", generated)
+    for name in (MIXED, SWITCHING):
+        note = f"extrapolated from {PEFT_TOKENS[0]} and {PEFT_TOKENS[1]} tokens out"
+        yield figure(f"{name}, {most} adapters loaded", "tokens/s", references[name], note=note)
+    bars = {Way(most, 0): at_least(1.5), Way(most, most): at_least(1.0)}
+    for way in (*bars, Way(most, 1), Way(most, most, is_mixed=True)):
+        overall = _overall(rates[way])
+        yield figure(f"prefill and decode, {way}", "tokens/s", overall)
+        yield ratios(f"{way}, to {GENERATE}", overall, generated, bars.get(way))
+    beside_peft = zip(_overall(rates[Way(most, most)]), references[MIXED], strict=False)
+    yield figure(f"{Way(most, most)}, to {MIXED}", "x", (ours / theirs for ours, theirs in beside_peft))
+
+
+def _overall(runs: Iterable[Rates]) -> list[float]:
+    return [run.overall for run in runs]

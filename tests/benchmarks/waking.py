@@ -3,60 +3,62 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
-from tunefleet.config import Options, resolve
-from tunefleet.core import Manifest, SamplingParams
+from tests.benchmarks.adapters import make_adapters
+from tests.benchmarks.bench import Bench, greedy
+from tests.benchmarks.figures import Figure, at_least, at_most, figure
+from tests.benchmarks.machines import Shelf, leave
+
+from tunefleet.core import AdapterRef
 from tunefleet.messages import Submit
 from tunefleet.runtime.machine import Machine
 
-
-def measure(base_dir: Path, manifest: Manifest, repeats: int) -> dict[str, float]:
-    """Median seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = resolve(keywords={"store_url": Path(folder).as_uri(), "idle_timeout_s": 0.2})
-        fresh = [asyncio.run(_fresh(options, manifest, base_dir)) for _ in range(max(1, repeats // 2))]
-        forked = asyncio.run(_forked(options, manifest, base_dir, repeats))
-    return {"fresh process": statistics.median(fresh), "fork": statistics.median(forked)}
+RANK = 8
+IDLE_TIMEOUT_S = 0.2
 
 
-async def _fresh(options: Options, manifest: Manifest, base_dir: Path) -> float:
+def measure(bench: Bench) -> Iterator[Figure]:
+    """The base's weights in the page cache, each request's adapter on disk."""
+    made = make_adapters(bench, [RANK], seed=8)
+    num_fresh = max(1, bench.repeats // 2)
+    shelves = [Shelf(bench, f"fresh-{n}", idle_timeout_s=IDLE_TIMEOUT_S) for n in range(num_fresh)]
+    fresh = [asyncio.run(_fresh(bench, shelf, shelf.put(made, 1)[0])) for shelf in shelves]
+    shelf = Shelf(bench, "waking", idle_timeout_s=IDLE_TIMEOUT_S)
+    forked = asyncio.run(_forked(bench, shelf, shelf.put(made, bench.repeats + 1)))
+    yield figure("fresh process to first token", "s", fresh)
+    yield figure("zero to first token, by fork", "s", forked, bar=at_most(0.35))
+    speedup = figure("fresh process", "s", fresh).median / figure("by fork", "s", forked).median
+    yield figure("fresh process to fork", "x", [speedup], bar=at_least(10))
+
+
+async def _fresh(bench: Bench, shelf: Shelf, ref: AdapterRef) -> float:
     """No host process, no parked process: all is imported and mapped on this request."""
-    machine = Machine(options, manifest, base_dir)
+    machine = Machine(shelf.options, bench.manifest, bench.base_dir)
     started = time.monotonic()
     await machine.start()
-    await _first_token(machine)
+    await _first_token(bench, machine, ref)
     seconds = time.monotonic() - started
-    pid = (await machine.status()).pid
-    await machine.close()
-    while (
-        Path(f"/proc/{pid}/status").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-    ):
-        await asyncio.sleep(0.05)
+    await leave(machine)
     return seconds
 
 
-async def _forked(options: Options, manifest: Manifest, base_dir: Path, repeats: int) -> list[float]:
-    machine = Machine(options, manifest, base_dir)
-    await machine.start()
-    await _first_token(machine)
+async def _forked(bench: Bench, shelf: Shelf, refs: list[AdapterRef]) -> list[float]:
     seconds = []
-    for _ in range(repeats):
-        while machine.replicas:
-            await machine.changed()
-        started = time.monotonic()
-        await _first_token(machine)
-        seconds.append(time.monotonic() - started)
-    await machine.close()
-    return seconds
+    async with shelf.serving() as client:
+        for ref in refs:
+            while client.machine.replicas:
+                await client.machine.changed()
+            started = time.monotonic()
+            await _first_token(bench, client.machine, ref)
+            seconds.append(time.monotonic() - started)
+    return seconds[1:]
 
 
-async def _first_token(machine: Machine) -> None:
-    work = Submit(
-        request_id=str(time.monotonic()), prompt=tuple(range(100, 164)), sampling=SamplingParams(max_tokens=1)
-    )
+async def _first_token(bench: Bench, machine: Machine, ref: AdapterRef) -> None:
+    lowest = bench.manifest.vocab_size // 4
+    prompt = tuple(range(lowest, lowest + 64))
+    work = Submit(request_id=ref.digest, prompt=prompt, sampling=greedy(1), adapter=ref)
     async for _ in machine.submit(work):
         pass
