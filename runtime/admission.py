@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from tunefleet.runtime.fairness import Owner, ServiceCounters
 from tunefleet.runtime.places import Places
@@ -28,6 +30,14 @@ class _First:
     sequence: Sequence
     since: int  # step
     passed_since: int | None = None  # step in which somebody behind it in the fair order joined
+
+
+class _Rank(NamedTuple):
+    """Of an owner among those who wait."""
+
+    has_share: bool
+    group: int  # owners served nearly alike are in one
+    service: int
 
 
 class WaitingLine:
@@ -50,7 +60,9 @@ class WaitingLine:
         self._counters = counters
         self._max_wait_steps = max_wait_steps
         self._at_hand: Collection[str] = ()
-        self._order: list[Sequence] | None = None  # until something changes it
+        self._num_waiting: Counter[Owner] = Counter()
+        self._ranks: dict[Owner, _Rank] | None = None  # until something changes them
+        self._order: list[Sequence] | None = None  # by them
         self._num_steps = 0
         self._firsts: dict[str, _First] = {}  # by request id
         self._aged: list[Sequence] = []
@@ -69,23 +81,30 @@ class WaitingLine:
 
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.sequences, sequence, key=lambda waiting: waiting.arrival)
-        self._order = None
+        self._num_waiting[sequence.owner] += 1
+        self.changed()
 
     def remove(self, sequence: Sequence) -> None:
         self.sequences.remove(sequence)
         self._firsts.pop(sequence.request_id, None)
-        if sequence in self._aged:
-            self._aged.remove(sequence)
-        self._order = None
+        for line in (self._aged, self._order or []):
+            if sequence in line:
+                line.remove(sequence)
+        self._num_waiting[sequence.owner] -= 1
+        if not self._num_waiting[sequence.owner]:
+            del self._num_waiting[sequence.owner]
 
     def join(self, sequence: Sequence) -> None:
         """It joins; whom it passes over will grow older, unless it was its turn after a long wait."""
         if sequence not in self._aged:
-            key = self._fair_key(sequence)
+            ranks = self._ranks_now()
+            key = _fair_key(sequence, ranks)
             for first in self._firsts.values():
-                if first.passed_since is None and self._fair_key(first.sequence) < key:
+                if first.passed_since is None and _fair_key(first.sequence, ranks) < key:
                     first.passed_since = self._num_steps
         self.remove(sequence)
+        if sequence.owner in self._num_waiting:
+            self.changed()  # its owner is charged; the others' order stays
 
     def files_at_hand(self, digests: Collection[str]) -> None:
         """Adapters that only lack a slot."""
@@ -93,22 +112,21 @@ class WaitingLine:
 
     def changed(self) -> None:
         """Slots, places or counters did."""
-        self._order = None
+        self._ranks = self._order = None
 
     def order(self) -> list[Sequence]:
         """Who would be let in, first to last."""
         if self._order is None:
-            least = min((self._counters[sequence.owner] for sequence in self.sequences), default=0)
-            aged = {*self._aged}
+            ranks, ready, aged = self._ranks_now(), {*self._slots.digests, None}, {*self._aged}
             others = [sequence for sequence in self.sequences if sequence not in aged]
-            others.sort(key=lambda sequence: self._key(sequence, least))
+            others.sort(key=lambda sequence: _key(sequence, ranks[sequence.owner], ready))
             self._order = [*self._aged, *others]
         return self._order
 
     def step(self) -> None:
         """A step begins, and those who could have joined before it did."""
         self._num_steps += 1
-        self._order = None
+        self.changed()
         firsts = {sequence.request_id: sequence for sequence in self._firsts_now()}
         self._firsts = {
             request_id: self._firsts.get(request_id) or _First(sequence, self._num_steps)
@@ -120,13 +138,23 @@ class WaitingLine:
     def _firsts_now(self) -> Iterable[Sequence]:
         firsts: dict[Owner, Sequence] = {}
         for sequence in self.sequences:
-            if sequence.owner not in firsts and self._could_run(sequence):
+            if sequence.owner not in firsts and self._could_run(sequence.digest):
                 firsts[sequence.owner] = sequence
         return firsts.values()
 
-    def _could_run(self, sequence: Sequence) -> bool:
-        digest = sequence.digest
+    def _could_run(self, digest: str | None) -> bool:
         return digest is None or digest in self._at_hand or self._slots.holds(digest)
+
+    def _ranks_now(self) -> dict[Owner, _Rank]:
+        if self._ranks is None:
+            services = {owner: self._counters[owner] for owner in self._num_waiting}
+            least = min(services.values(), default=0)
+            served = self._places.served()
+            self._ranks = {
+                owner: _Rank(owner in served, (service - least) // GROUPING_TOKENS, service)
+                for owner, service in services.items()
+            }
+        return self._ranks
 
     def _is_aged(self, first: _First) -> bool:
         passed_since = self._num_steps if first.passed_since is None else first.passed_since
@@ -135,12 +163,12 @@ class WaitingLine:
             or self._num_steps - first.since > STARVED_WAITS * self._max_wait_steps
         )
 
-    def _fair_key(self, sequence: Sequence) -> tuple[bool, int, int]:
-        owner = sequence.owner
-        return self._places.has_share(owner), self._counters[owner], sequence.arrival
 
-    def _key(self, sequence: Sequence, least: int) -> tuple[bool, int, bool, int, int]:
-        """The fair order, but for those who are ready among owners served nearly alike."""
-        has_share, service, arrival = self._fair_key(sequence)
-        is_ready = sequence.digest is None or self._slots.lookup(sequence.digest) is not None
-        return has_share, (service - least) // GROUPING_TOKENS, not is_ready, service, arrival
+def _fair_key(sequence: Sequence, ranks: Mapping[Owner, _Rank]) -> tuple[bool, int, int]:
+    has_share, _, service = ranks[sequence.owner]
+    return has_share, service, sequence.arrival
+
+
+def _key(sequence: Sequence, rank: _Rank, ready: Collection[str | None]) -> tuple[bool, int, bool, int, int]:
+    """The fair order, but for those who are ready among owners served nearly alike."""
+    return rank.has_share, rank.group, sequence.digest not in ready, rank.service, sequence.arrival

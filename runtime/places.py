@@ -32,8 +32,10 @@ class Places:
         """Places for each owner that has sequences."""
         return max(1, self.max_places // max(1, self._counters.num_active))
 
-    def has_share(self, owner: Owner) -> bool:
-        return self._num_running[owner] >= self.share
+    def served(self) -> set[Owner]:
+        """Owners that run their share, or more."""
+        share = self.share
+        return {owner for owner, num_running in self._num_running.items() if num_running >= share}
 
     def overserved(self) -> set[Owner]:
         """Owners that run more than their share."""
@@ -55,7 +57,7 @@ class Places:
 
         Nobody who was preempted and has made little progress since, so that two don't take turns at it.
         """
-        if self.has_share(owner):
+        if self._num_running[owner] >= self.share:
             return None
         overserved = self.overserved()
         return max(

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import NamedTuple
 
+from tunefleet.adapters_store.slot_layout import rank_class_of
 from tunefleet.core import AdapterRef, FinishReason
 from tunefleet.runtime.admission import WaitingLine
 from tunefleet.runtime.fairness import ServiceCounters
@@ -131,16 +132,19 @@ class Scheduler:
         """
         self._line.files_at_hand(loaded)
         kept = {sequence.digest for sequence in self.waiting if sequence.digest is not None}
+        refused: set[int] = set()  # rank classes
         for sequence in self._line.order():
-            ref = sequence.adapter
+            ref, is_aged = sequence.adapter, sequence is self._line.aged
             if ref is None or ref.digest not in loaded or self.slots.holds(ref.digest):
                 continue
-            is_aged = sequence is self._line.aged
+            if rank_class_of(ref.rank) in refused and not is_aged:
+                continue
             activation = self.slots.activate(
                 ref.digest, ref.rank, cost=ref.size_bytes, kept=() if is_aged else kept
             )
             if activation is not None or is_aged:
                 return activation
+            refused.add(rank_class_of(ref.rank))
         return None
 
     def activated(self, digest: str) -> None:
@@ -205,6 +209,7 @@ class Scheduler:
         sequence.state = SequenceState.FINISHED
         sequence.finish_reason = reason
         self._counters.leave(sequence.owner)
+        self._line.changed()  # everyone's share may be larger now
         del self._sequences[sequence.request_id]
 
     def forget(self, digest: str) -> None:
@@ -278,7 +283,6 @@ class Scheduler:
         """Out of the batch: gives back place, row and pin."""
         self._kv.close(sequence, keep_prefix=keep_prefix and sequence.keeps_prefix)
         self._places.give_back(sequence)
-        self._line.changed()
         if sequence.digest is not None:
             self.slots.unpin(sequence.digest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 
 from tunefleet.core import DEFAULT_TENANT, AdapterRef, FinishReason, SamplingParams
 from tunefleet.messages import Submit, Timing
@@ -63,15 +64,15 @@ class Sequence:
             num_resumed=len(work.generated),
         )
 
-    @property
+    @functools.cached_property
     def digest(self) -> str | None:
         return self.adapter.digest if self.adapter else None
 
-    @property
+    @functools.cached_property
     def owner(self) -> Owner:
         return Owner(self.tenant, self.user_id)
 
-    @property
+    @functools.cached_property
     def scope(self) -> Scope:
         return Scope(self.tenant, self.user_id, self.digest)
 

@@ -30,7 +30,7 @@ class AnyHistory(RuleBasedStateMachine):
         max_slots=st.integers(1, 3),
         num_pages=st.sampled_from([8, 10, 13, 64]),
         max_num_seqs=st.integers(1, 5),
-        max_batch_tokens=st.sampled_from([2, 16, 200, 200]),
+        max_batch_tokens=st.sampled_from([6, 40, 200, 200]),
         max_prefill_tokens=st.sampled_from([3, 30, 128]),
         budget_tokens=st.sampled_from([768, 800, 1300, 3000]),
         max_wait_steps=st.sampled_from([1, 4, 64, 64]),
@@ -156,4 +156,4 @@ class AnyHistory(RuleBasedStateMachine):
 
 
 TestAnyHistory = AnyHistory.TestCase
-TestAnyHistory.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestAnyHistory.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
