@@ -95,7 +95,7 @@ class TorchLora:
         delta = new(tokens.shape[0], group.width, y.shape[1])
         for run in banks.layout.runs(paths):
             inner = torch.bmm(tokens, banks.a(run, rank)[group.slots].transpose(1, 2))
-            for path, own in zip(run, inner.split(rank, dim=2), strict=True):
+            for path, own in zip(run, inner.chunk(len(run), dim=2), strict=True):
                 delta[:, :, columns[path]] = torch.bmm(own, banks.b(path, rank)[group.slots])
         flat = delta.view(-1, y.shape[1])
         return flat if group.used is None else flat.index_select(0, group.used)
@@ -113,7 +113,7 @@ class TorchLora:
         tokens, answers = x[segment.rows].to(y.dtype), y[segment.rows]
         for run in banks.layout.runs(paths):
             inner = linear(tokens, banks.a(run, rank)[index].to(y.dtype))
-            for path, own in zip(run, inner.split(rank, dim=1), strict=True):
+            for path, own in zip(run, inner.chunk(len(run), dim=1), strict=True):
                 answers[:, columns[path]].addmm_(own, banks.b(path, rank)[index].to(y.dtype))
         if isinstance(segment.rows, torch.Tensor):
             y[segment.rows] = answers

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lora_kit import CPU, LAYOUT, LINEARS, fill, new_banks, prepared_of, random_weights
 from tunefleet.core import LinearSpec
 from tunefleet.errors import AdapterLoadFailed, InvalidState
-from tunefleet.runtime.banks import Banks, Prepared, map_prepared
+from tunefleet.runtime.banks import Banks, Prepared, copy_staged, map_prepared
 from tunefleet.runtime.slots import Slot
 
 EVERYWHERE = dict.fromkeys(LINEARS, 8)
@@ -80,6 +80,14 @@ def test_a_filling_in_pieces_equals_one_in_whole(max_bytes: int, dtype: torch.dt
     assert torch.equal(prepared.values.float(), banks.values(Slot(8, 1)))
     assert prepared.targets == banks.targets(Slot(8, 1))
     assert [bool(banks.values(Slot(8, i)).isnan().all()) for i in range(4)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("staging_bytes", [4, 64, 10**6])
+def test_what_goes_through_a_staging_buffer_arrives_whole(staging_bytes: int) -> None:
+    values = torch.randn(1003).to(torch.bfloat16)
+    target = torch.zeros(1003)
+    copy_staged(target, values, torch.empty(staging_bytes, dtype=torch.uint8))
+    assert torch.equal(values.float(), target)
 
 
 def test_a_slot_that_is_filled_again_holds_nothing_of_what_it_held() -> None:
