@@ -110,6 +110,16 @@ async def answer(machine: Machine, work: Submit) -> list[int]:
     return [token async for progress in machine.submit(work) for token in progress.tokens]
 
 
+async def answer_in_the_end(machine: Machine) -> list[int]:
+    """As a client does that is told to come again."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await answer(machine, ask("again"))
+            except CapacityError as error:
+                await asyncio.sleep(error.retry_after_s)
+
+
 def ask(request_id: str, num_tokens: int = 20, adapter: AdapterRef | None = None) -> Submit:
     return Submit(request_id=request_id, prompt=PROMPT, sampling=greedy(num_tokens), adapter=adapter)
 
@@ -360,6 +370,26 @@ def test_a_killed_parked_process_comes_back(world: World, mortal: Path) -> None:
             os.kill(status.replicas[0].pid, signal.SIGKILL)
             assert await answer(machine, ask("b")) == before
             assert (await machine.status()).parked_pid not in (0, status.parked_pid)
+
+    asyncio.run(scenario())
+
+
+def test_a_start_that_hangs_is_given_up_and_the_next_one_serves(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with router(world, options_for(tmp_path, cold_start_timeout_s=1.0)) as machine:
+            async with asyncio.timeout(30):
+                while not (parked_pid := (await machine.status()).parked_pid):
+                    await asyncio.sleep(0.01)
+            os.kill(parked_pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(CapacityError):
+                    await answer(machine, ask("held"))
+                async with asyncio.timeout(30):
+                    while "not ready after 1 s" not in (await machine.status()).last_error:
+                        await asyncio.sleep(0.01)
+            finally:
+                os.kill(parked_pid, signal.SIGCONT)
+            world.oracle.check(None, list(PROMPT), await answer_in_the_end(machine))
 
     asyncio.run(scenario())
 
