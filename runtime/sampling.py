@@ -5,7 +5,7 @@ Temperature comes first, then the cuts, in the order of transformers: ``top_k`` 
 least so much of the likeliest token's. What is left keeps its proportions.
 
 A row costs what its request asks for: a greedy one a maximum, one without cuts a softmax and a running sum,
-one with cuts the few hundred likeliest tokens too. Only a row whose cuts keep thousands is sorted. No
+one with cuts the 64 likeliest tokens too, or more if they keep more. Only what keeps thousands is sorted. No
 operation mixes rows or depends on how many there are: a row's token is the same alone and in any batch.
 """
 
@@ -21,7 +21,7 @@ from tunefleet.messages import TokenLogprob
 MIN_TEMPERATURE = 1e-6  # below it logits / temperature leaves fp32; the choice is the best token long before
 MIN_LOGPROB = -9999.0  # of a token that can't be, as OpenAI says it: JSON has no infinity
 _BLOCK = 512  # tokens; a maximum without its place is three times as fast on a CPU as one with it
-_WIDTHS = (256, 4096)  # likeliest tokens to look among, before all are sorted
+_WIDTHS = (64, 512, 4096)  # likeliest tokens to look among, before all are sorted
 _MASK = (1 << 64) - 1
 
 
@@ -189,10 +189,10 @@ def _logprobs(
     if not asking:
         return found
     rows = torch.tensor(list(asking), device=logits.device)
-    logprobs = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32).clamp(min=MIN_LOGPROB)
-    own = logprobs.gather(1, tokens[rows].unsqueeze(1)).squeeze(1).tolist()
+    logprobs = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
+    own = logprobs.gather(1, tokens[rows].unsqueeze(1)).squeeze(1).clamp(min=MIN_LOGPROB).tolist()
     likeliest, ids = _largest(logprobs, _WIDTHS[0] if any(asking.values()) else 1)
-    tops = zip(ids.tolist(), likeliest.tolist(), strict=True)
+    tops = zip(ids.tolist(), likeliest.clamp(min=MIN_LOGPROB).tolist(), strict=True)
     for (row, num_top), logprob, top in zip(asking.items(), own, tops, strict=True):
         found[row] = TokenLogprob(logprob, tuple(zip(*top, strict=True))[:num_top])
     return found

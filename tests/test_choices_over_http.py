@@ -102,7 +102,7 @@ def test_n_choices_come_by_index_and_usage_sums_them(kit: Kit, client: TestClien
 def test_n_streamed_choices_each_open_and_end_once(kit: Kit, client: TestClient, usage: bool) -> None:
     texts = iter(["one", "two two", "three"])
     kit.dispatcher.answer = lambda work: kit.tokenizer.encode(next(texts))
-    options = {"stream_options": {"include_usage": True}} if usage else {}
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}} if usage else {}
     chunks = events(ask(client, n=3, stream=True, **options).text)
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     for index, text in enumerate(("one", "two two", "three")):

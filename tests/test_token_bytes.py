@@ -57,7 +57,7 @@ def test_an_id_beyond_the_tokenizers_vocabulary_writes_nothing(tokenizer: Tokeni
 def test_sentencepiece_spells_spaces_and_bytes_its_own_way() -> None:
     built = sentence_piece()
     tokens = TokenBytes(built)
-    ids = {piece: built.token_to_id(piece) for piece in ("<s>", "<0x0A>", "<0xF0>", "▁hi", "é")}
+    ids = {piece: built.token_to_id(piece) or 0 for piece in ("<s>", "<0x0A>", "<0xF0>", "▁hi", "é")}
     assert {piece: tokens.of(token) for piece, token in ids.items()} == {
         "<s>": None,
         "<0x0A>": b"\n",
