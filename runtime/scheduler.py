@@ -174,7 +174,9 @@ class Scheduler:
         self._line.step()
         scheduled: list[Scheduled] = []
         while self.running and not scheduled:  # again, if all that were planned gave way to older ones
-            scheduled = self._in_rows(self._plan())
+            planned = self._plan()
+            assert planned, "who runs has something to compute"
+            scheduled = self._in_rows(planned)
         for entry in scheduled:
             self._charge_decode(entry)
         return Batch(sorted(scheduled, key=self._batch_order), self._kv.take_ops())

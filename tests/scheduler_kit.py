@@ -172,7 +172,7 @@ class EngineDouble:
             start = sequence.num_computed
             tokens = sequence.tokens[start : start + num_tokens]
             row = self.scheduler.rows.row_of(sequence.request_id)
-            self.kv.write(row, start, [(sequence.scope, token) for token in tokens])
+            self.kv.write(row, start, [(scope_of(sequence), token) for token in tokens])
         return batch
 
     def step(self, token: int = 5) -> list[str]:
@@ -213,8 +213,13 @@ class EngineDouble:
         """All sequences, those that the step leaves out as well."""
         if sequence.num_computed:
             held = self.kv.rows[self.scheduler.rows.row_of(sequence.request_id)][: sequence.num_computed]
-            own = [(sequence.scope, token) for token in sequence.tokens[: sequence.num_computed]]
+            own = [(scope_of(sequence), token) for token in sequence.tokens[: sequence.num_computed]]
             assert own == held, f"{sequence.request_id} doesn't find its own KV"
+
+
+def scope_of(sequence: Sequence) -> Scope:
+    """Whose KV it computes, whatever the code under test takes it for."""
+    return Scope(sequence.tenant, sequence.user_id, sequence.adapter.digest if sequence.adapter else None)
 
 
 def sampled_by(batch: Batch, token: int = 5) -> dict[str, int]:

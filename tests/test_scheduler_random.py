@@ -73,6 +73,19 @@ class AnyHistory(RuleBasedStateMachine):
         for number in range(num_sequences):
             self.add(digest, user_id, num_shared, number + 1, 40)
 
+    @rule(generator=st.randoms(use_true_random=False), is_next_turn=st.booleans())
+    @precondition(lambda self: self.added)
+    def ask_again(self, generator: random.Random, is_next_turn: bool) -> None:
+        """The same prompt once more, or the next turn of the same chat."""
+        earlier = generator.choice([*self.added.values()])
+        tokens = [*earlier.tokens, 9] if is_next_turn else earlier.tokens[: earlier.num_prompt]
+        if len(tokens) < MAX_MODEL_LEN:
+            request_id = f"{len(self.added)}"
+            self.added[request_id] = new_sequence(
+                request_id, earlier.digest, user_id=earlier.user_id or "", prompt=tuple(tokens), max_tokens=9
+            )
+            self.scheduler.add(self.added[request_id])
+
     @rule(digest=st.sampled_from([*RANKS]))
     def load(self, digest: str) -> None:
         if not self.scheduler.slots.holds(digest):
@@ -106,6 +119,9 @@ class AnyHistory(RuleBasedStateMachine):
     def run(self, generator: random.Random, num_steps: int) -> None:
         for _ in range(num_steps):
             token = generator.choice([5, 6, 7, 8, 9, EOS])
+            self.engine.join()
+            if generator.random() < 0.1 and self.scheduler.running:
+                self.scheduler.finish(generator.choice(self.scheduler.running), FinishReason.CANCELLED)
             self.step(token, ends_amid=generator.random() < 0.1)
 
     def step(self, token: int, *, ends_amid: bool = False) -> None:
@@ -156,4 +172,4 @@ class AnyHistory(RuleBasedStateMachine):
 
 
 TestAnyHistory = AnyHistory.TestCase
-TestAnyHistory.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestAnyHistory.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
