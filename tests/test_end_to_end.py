@@ -130,10 +130,43 @@ def test_the_official_openai_client_works_unchanged(url: str) -> None:
         chunks = list(stream)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         assert text == plain.choices[0].message.content
-        assert chunks[-1].usage == plain.usage
+        again = chunks[-1].usage
+        assert again is not None
+        assert (again.prompt_tokens, again.completion_tokens) == (
+            plain.usage.prompt_tokens,
+            plain.usage.completion_tokens,
+        )
+        cached = [usage.prompt_tokens_details.cached_tokens for usage in (plain.usage, again)]
+        assert cached[0] < cached[1] < again.prompt_tokens
         with pytest.raises(openai.NotFoundError) as missing:
             client.chat.completions.create(model="user:nobody", messages=messages)
         assert missing.value.code == "adapter_not_found"
+
+
+def test_the_official_openai_client_gets_choices_and_logprobs(url: str) -> None:
+    known = QUESTIONS.facts[0]
+    messages = [{"role": "user", "content": known.question}]
+    asked = {"model": f"user:{known.user}", "messages": messages, "max_tokens": 24, "logprobs": True, "n": 3}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        greedy = client.chat.completions.create(**asked, temperature=0, top_logprobs=2)
+        of_base = {**asked, "model": "SmolLM2-135M-Instruct", "extra_body": {"min_p": 0.02}}
+        drawn = client.chat.completions.create(**of_base, temperature=1.5, seed=5)
+        stream = list(client.chat.completions.create(**asked, temperature=0, top_logprobs=2, stream=True))
+    for answer in (greedy, drawn):
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        for choice in answer.choices:
+            content = choice.logprobs.content
+            assert b"".join(bytes(token.bytes) for token in content).decode() == choice.message.content
+            assert all(token.logprob <= 0 for token in content)
+    assert len({choice.message.content for choice in drawn.choices}) > 1
+    for choice in greedy.choices:
+        assert known.contains in choice.message.content
+        assert all(token.top_logprobs[0].token == token.token for token in choice.logprobs.content)
+        own = [part for chunk in stream for part in chunk.choices if part.index == choice.index]
+        assert "".join(part.delta.content or "" for part in own) == choice.message.content
+        streamed = [token.token for part in own if part.logprobs for token in part.logprobs.content]
+        assert streamed == [token.token for token in choice.logprobs.content]
+    assert greedy.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in greedy.choices)
 
 
 def test_the_async_openai_client_works_unchanged(url: str) -> None:
