@@ -31,6 +31,13 @@ class Place(NamedTuple):
     b_start: int
 
 
+class Span(NamedTuple):
+    """Columns of a matrix."""
+
+    start: int
+    size: int
+
+
 class Matrix(NamedTuple):
     """One matrix of a slot: ``[R, features]``."""
 
@@ -56,7 +63,7 @@ class SlotLayout:
             self.features += matrix.features
         self._places = {path: Place(starts[path, "A"], starts[path, "B"]) for path in linears}
         self._runs: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {}
-        self._columns: dict[tuple[str, ...], dict[str, slice]] = {}
+        self._columns: dict[tuple[str, ...], dict[str, Span]] = {}
 
     def place(self, path: str) -> Place:
         return self._places[path]
@@ -67,12 +74,14 @@ class SlotLayout:
             self._runs[paths] = tuple(self._cut(paths))
         return self._runs[paths]
 
-    def columns(self, paths: tuple[str, ...]) -> dict[str, slice]:
+    def columns(self, paths: tuple[str, ...]) -> dict[str, Span]:
         """Where each layer's outputs are when those of ``paths`` stand one after another."""
         if paths not in self._columns:
-            ends = list(itertools.accumulate(self.linears[path].out_features for path in paths))
-            spans = zip([0, *ends], ends, strict=False)
-            self._columns[paths] = {path: slice(*span) for path, span in zip(paths, spans, strict=True)}
+            sizes = [self.linears[path].out_features for path in paths]
+            starts = itertools.accumulate(sizes, initial=0)
+            self._columns[paths] = {
+                path: Span(start, size) for path, start, size in zip(paths, starts, sizes, strict=False)
+            }
         return self._columns[paths]
 
     def _cut(self, paths: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from tunefleet.adapters_store.slot_layout import SlotLayout
+from tunefleet.adapters_store.slot_layout import SlotLayout, Span
 from tunefleet.runtime.banks import Banks
 from tunefleet.runtime.slots import Slot
 
@@ -32,7 +32,7 @@ class Range(NamedTuple):
 
     rank_class: int
     targets: frozenset[str]
-    slots: slice
+    slots: tuple[int, int]  # the first, and how many
     width: int
     gather: torch.Tensor  # [slots * width] row of each place's token
     used: torch.Tensor | None  # [n] which places count; None: all, in order
@@ -84,7 +84,7 @@ class TorchLora:
         self,
         group: Range,
         paths: tuple[str, ...],
-        columns: Mapping[str, slice],
+        columns: Mapping[str, Span],
         x: torch.Tensor,
         y: torch.Tensor,
     ) -> torch.Tensor:
@@ -94,9 +94,10 @@ class TorchLora:
         new = y.new_empty if len(paths) == len(columns) else y.new_zeros
         delta = new(tokens.shape[0], group.width, y.shape[1])
         for run in banks.layout.runs(paths):
-            inner = torch.bmm(tokens, banks.a(run, rank)[group.slots].transpose(1, 2))
-            for path, own in zip(run, inner.chunk(len(run), dim=2), strict=True):
-                delta[:, :, columns[path]] = torch.bmm(own, banks.b(path, rank)[group.slots])
+            inner = torch.bmm(tokens, banks.a(run, rank).narrow(0, *group.slots).transpose(1, 2))
+            for place, path in enumerate(run):
+                own, b = inner.narrow(2, place * rank, rank), banks.b(path, rank).narrow(0, *group.slots)
+                delta.narrow(2, *columns[path]).copy_(torch.bmm(own, b))
         flat = delta.view(-1, y.shape[1])
         return flat if group.used is None else flat.index_select(0, group.used)
 
@@ -104,7 +105,7 @@ class TorchLora:
         self,
         segment: Segment,
         paths: tuple[str, ...],
-        columns: Mapping[str, slice],
+        columns: Mapping[str, Span],
         x: torch.Tensor,
         y: torch.Tensor,
     ) -> None:
@@ -113,8 +114,9 @@ class TorchLora:
         tokens, answers = x[segment.rows].to(y.dtype), y[segment.rows]
         for run in banks.layout.runs(paths):
             inner = linear(tokens, banks.a(run, rank)[index].to(y.dtype))
-            for path, own in zip(run, inner.chunk(len(run), dim=1), strict=True):
-                answers[:, columns[path]].addmm_(own, banks.b(path, rank)[index].to(y.dtype))
+            for place, path in enumerate(run):
+                own, b = inner.narrow(1, place * rank, rank), banks.b(path, rank)[index].to(y.dtype)
+                answers.narrow(1, *columns[path]).addmm_(own, b)
         if isinstance(segment.rows, torch.Tensor):
             y[segment.rows] = answers
 
@@ -145,7 +147,7 @@ class TorchLora:
         return Range(
             rank_class=rank_class,
             targets=frozenset[str]().union(*targets),
-            slots=slice(slots.start, slots.stop),
+            slots=(slots.start, len(slots)),
             width=width,
             gather=self._index(gather),
             used=None if len(used) == len(gather) else self._index(used),
