@@ -17,15 +17,18 @@ from tunefleet.adapters_store.slot_layout import SlotLayout, Span
 from tunefleet.runtime.banks import Banks
 from tunefleet.runtime.slots import Slot
 
-SEGMENT_ROWS = 48
-"""Padding of a batched product that costs as much as one more dense product (measured, on a CPU)."""
+SHORT_TOKENS = 32
+"""Up to so many tokens a prefill chunk runs as decodes do: that takes fewer calls (measured, on a CPU)."""
+
+RANGE_ROWS = 25
+"""Padding of a batched product that costs as much as one more product (measured, on a CPU)."""
 
 CALL_BYTES = {"cpu": 400_000, "cuda": 20_000_000}
 """What a device reads in the time that one more range's calls take, per layer (20 us; 2 TB/s: 10 us)."""
 
 
 class Range(NamedTuple):
-    """Decodes of one rank class in one batched product: ``width`` places for each slot of a range.
+    """Tokens of one rank class in one batched product: ``width`` places for each slot of a range.
 
     Slots without a token in the step, and unused places, compute on a copy of some token and are dropped.
     """
@@ -40,11 +43,11 @@ class Range(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Tokens of one adapter in one dense product: a prefill chunk, or many decodes."""
+    """Tokens of one adapter in one dense product: a prefill chunk."""
 
     slot: Slot
     targets: frozenset[str]
-    rows: slice | torch.Tensor  # of the batch
+    rows: slice  # of the batch
 
 
 class TorchLora:
@@ -61,12 +64,13 @@ class TorchLora:
         self.segments: list[Segment] = []
         decodes: dict[int, dict[int, list[int]]] = {}  # rank class -> slot index -> rows
         for slot, first, num_tokens in tokens:
-            if num_tokens == 1:
-                decodes.setdefault(slot.rank_class, {}).setdefault(slot.index, []).append(first)
+            rows = range(first, first + num_tokens)
+            if num_tokens <= SHORT_TOKENS:
+                decodes.setdefault(slot.rank_class, {}).setdefault(slot.index, []).extend(rows)
             else:
-                self._add_segment(slot, slice(first, first + num_tokens))
-        for rank_class, rows in decodes.items():
-            self._group(rank_class, rows)
+                self.segments.append(Segment(slot, banks.targets(slot), slice(rows.start, rows.stop)))
+        for rank_class, by_slot in decodes.items():
+            self._group(rank_class, by_slot)
 
     def add(self, paths: tuple[str, ...], x: torch.Tensor, y: torch.Tensor) -> None:
         columns = self._banks.layout.columns(paths)
@@ -117,21 +121,16 @@ class TorchLora:
             for place, path in enumerate(run):
                 own, b = inner.narrow(1, place * rank, rank), banks.b(path, rank)[index].to(y.dtype)
                 answers.narrow(1, *columns[path]).addmm_(own, b)
-        if isinstance(segment.rows, torch.Tensor):
-            y[segment.rows] = answers
-
-    def _add_segment(self, slot: Slot, rows: slice | torch.Tensor) -> None:
-        self.segments.append(Segment(slot, self._banks.targets(slot), rows))
 
     def _group(self, rank_class: int, rows: Mapping[int, list[int]]) -> None:
-        """Ranges over the slots of a class; a slot with far more tokens than the others is a segment."""
-        width = _cheapest_width([len(own) for own in rows.values()])
-        batched = {index: own for index, own in rows.items() if len(own) <= width}
-        for index in rows.keys() - batched.keys():
-            self._add_segment(Slot(rank_class, index), self._index(rows[index]))
+        """Ranges over the slots of a class; those with far more tokens than the others have their own."""
         max_gap = max_gap_of(self._banks.layout, rank_class, self._banks.dtype, self._device)
-        for slots in compact_ranges(sorted(batched), max_gap):
-            self.ranges.append(self._range(rank_class, slots, batched))
+        while rows:
+            width = _cheapest_width([len(own) for own in rows.values()])
+            batched = {index: own for index, own in rows.items() if len(own) <= width}
+            for slots in compact_ranges(sorted(batched), max_gap):
+                self.ranges.append(self._range(rank_class, slots, batched))
+            rows = {index: own for index, own in rows.items() if len(own) > width}
 
     def _range(self, rank_class: int, slots: range, rows: Mapping[int, list[int]]) -> Range:
         own = [rows.get(index, []) for index in slots]
@@ -159,11 +158,11 @@ class TorchLora:
 
 
 def _cheapest_width(counts: list[int]) -> int:
-    """How many tokens per slot a class's batched products have; slots with more get a dense product."""
+    """How many tokens per slot a class's batched products have; slots with more get products of their own."""
 
     def cost(width: int) -> int:
         batched = [count for count in counts if count <= width]
-        return SEGMENT_ROWS * (len(counts) - len(batched)) + len(batched) * width - sum(batched)
+        return RANGE_ROWS * (len(counts) - len(batched)) + len(batched) * width - sum(batched)
 
     return min(sorted(set(counts)), key=cost)
 

@@ -32,7 +32,7 @@ from tunefleet.runtime.lora import (
     plan_adapters,
     wrap_linears,
 )
-from tunefleet.runtime.lora_products import TorchLora, compact_ranges, max_gap_of
+from tunefleet.runtime.lora_products import SHORT_TOKENS, TorchLora, compact_ranges, max_gap_of
 from tunefleet.runtime.slots import Slot
 
 NUM_PAGES = 48
@@ -80,7 +80,7 @@ def residents(draw: st.DrawFn) -> list[Resident]:
 def steps(draw: st.DrawFn) -> tuple[list[Resident], list[Share]]:
     adapters = draw(residents())
     adapter = st.one_of(st.none(), st.integers(0, len(adapters) - 1))
-    num_tokens = st.sampled_from([1, 1, 1, 2, 9])
+    num_tokens = st.sampled_from([1, 1, 1, 2, 9, SHORT_TOKENS, SHORT_TOKENS + 1])
     shares = draw(st.lists(st.builds(Share, adapter, num_tokens), min_size=1, max_size=16))
     crowd = [Share(draw(adapter), 1)] * draw(st.sampled_from([0, 0, 60]))
     return adapters, draw(st.permutations([*shares, *crowd]))
@@ -157,8 +157,7 @@ def test_one_slot_with_far_more_decodes_than_the_others_doesnt_widen_theirs() ->
     shares = [Share(adapter, 1) for adapter in [*range(20), *[7] * 20]]
     tokens = [(adapters[share.adapter or 0].slot, row, 1) for row, share in enumerate(shares)]
     kernel = TorchLora(tokens, filled(adapters), CPU)
-    assert [group.width for group in kernel.ranges] == [1]
-    assert [segment.slot for segment in kernel.segments] == [Slot(8, 7)]
+    assert [(group.slots, group.width) for group in kernel.ranges] == [((0, 20), 1), ((7, 1), 21)]
     assert_each_token_has_its_own(adapters, shares, ("0.attn.q",))
 
 
@@ -196,7 +195,7 @@ def test_a_slot_that_is_not_wholly_filled_is_in_no_plan() -> None:
         plan_adapters([(Slot(8, 0), 0, 1)], banks, CPU)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("num_tokens", [1, 5, SHORT_TOKENS + 1])
 def test_numbers_that_are_none_stay_with_their_own_adapters_tokens(num_tokens: int) -> None:
     adapters = [resident(Slot(8, index), index, {"0.attn.q": 8}) for index in range(3)]
     banks = filled(adapters)
