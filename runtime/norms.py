@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm
 
 
 class RmsNorm(nn.Module):
@@ -12,12 +11,14 @@ class RmsNorm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight = _weight(norm)
-        self.in_features = self.weight.shape[0]
+        self._weight = _weight(norm)
+        self._shape = list(self._weight.shape)
         self._eps = _eps(norm)
+        self.in_features = self._shape[0]
+        self.num_bytes = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self._eps)
+        return torch.rms_norm(x, self._shape, self._weight, self._eps)
 
 
 class OffsetRmsNorm(nn.Module):
@@ -25,22 +26,24 @@ class OffsetRmsNorm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight = nn.Parameter(1.0 + _weight(norm).float(), requires_grad=False)
-        self.in_features = self.weight.shape[0]
+        self._weight = 1.0 + _weight(norm).float()
+        self._shape = list(self._weight.shape)
         self._eps = _eps(norm)
+        self.in_features = self._shape[0]
+        self.num_bytes = self._weight.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x.float(), self.weight.shape, self.weight, self._eps).to(x.dtype)
+        return torch.rms_norm(x.float(), self._shape, self._weight, self._eps).to(x.dtype)
 
 
 def is_rms_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight")
 
 
-def _weight(norm: nn.Module) -> nn.Parameter:
+def _weight(norm: nn.Module) -> torch.Tensor:
     weight = norm.weight
     assert isinstance(weight, nn.Parameter)
-    return weight
+    return weight.detach()
 
 
 def _eps(norm: nn.Module) -> float:

@@ -19,73 +19,17 @@ class NotPacked(Exception):
     """This torch, device or type has no layout that is faster."""
 
 
-class PackedLinear(nn.Module):
-    """One linear layer, or several with one input, as one product that adds the step's adapters.
-
-    The outputs of siblings are columns, one after another. Holds a copy of the weights (``num_bytes``) in
-    place of the ones that it was made from, except where there is nothing to gain.
+class Product:
+    """``x W^T + b``, with ``W`` packed where that pays.
 
     Args:
-        layers: what ``runtime.lora.wrap_linears`` made of the model's own.
+        weight: ``[out, in]``.
+        bias: ``[out]``.
     """
-
-    def __init__(self, layers: Sequence[LoraLayer]) -> None:
-        super().__init__()
-        self.paths = tuple(layer.path for layer in layers)
-        weights = [_weight(layer.base) for layer in layers]
-        self.in_features = weights[0].shape[1]
-        self.widths = tuple(weight.shape[0] for weight in weights)
-        self._product = Product(_joined(weights), _joined_biases(layers, weights))
-        self.num_bytes = self._product.num_bytes if len(layers) > 1 or self._product.is_packed else 0
-
-    @classmethod
-    def alone(cls, layer: nn.Module) -> PackedLinear:
-        """One layer.
-
-        Raises:
-            NotPacked: there is nothing to gain.
-        """
-        assert isinstance(layer, LoraLayer)
-        packed = cls([layer])
-        if not packed.num_bytes:
-            raise NotPacked
-        return packed
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` to ``[..., sum(out)]``."""
-        y = self._product(x)
-        plan = current_plan()
-        if plan is not None:
-            plan.add(self.paths, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
-        return y
-
-
-class PackedHead(nn.Module):
-    """The layer that makes logits.
-
-    Raises:
-        NotPacked: there is nothing to gain.
-    """
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        if not isinstance(head, nn.Linear):
-            raise NotPacked
-        self._product = Product(head.weight.detach(), None if head.bias is None else head.bias.detach())
-        if not self._product.is_packed:
-            raise NotPacked
-        self.in_features = head.in_features
-        self.num_bytes = self._product.num_bytes
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x)
-
-
-class Product:
-    """``x W^T + b``, with ``W`` packed where that pays."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         packed = packed_weight(weight)
+        self.in_features = weight.shape[1]
         self.is_packed = packed is not None
         self.num_bytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
         self._weight = weight if packed is None else packed
@@ -94,8 +38,80 @@ class Product:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_packed:
             return linear(x, self._weight, self._bias)
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            x, self._weight, self._bias, "none", [], ""
+        )
         return y
+
+
+class Projection:
+    """One linear layer, or several with one input, as one product that adds the step's adapters.
+
+    The outputs of siblings are columns, one after another. Holds copies of the weights (``num_bytes``) in
+    place of the ones that it was made from. Not a module: its callers are, and a module's call has a price.
+
+    Args:
+        layers: what ``runtime.lora.wrap_linears`` made of the model's own.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.paths = tuple(_wrapped(layer).path for layer in layers)
+        bases = [_wrapped(layer).base for layer in layers]
+        weights = [_weight(base) for base in bases]
+        self.widths = [weight.shape[0] for weight in weights]
+        self._product = Product(
+            torch.cat(weights) if len(weights) > 1 else weights[0], _joined_biases(bases, self.widths)
+        )
+        self.in_features = self._product.in_features
+        self.is_packed = self._product.is_packed
+        self.num_bytes = self._product.num_bytes if len(layers) > 1 or self.is_packed else 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in]`` to ``[..., sum(out)]``."""
+        y = self._product(x)
+        plan = current_plan()
+        if plan is not None:
+            plan.add(self.paths, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        return y
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that is part of nothing larger that could be replaced.
+
+    Raises:
+        NotPacked: there is nothing to gain.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._projection = Projection([layer])
+        if not self._projection.is_packed:
+            raise NotPacked
+        self.in_features = self._projection.in_features
+        self.num_bytes = self._projection.num_bytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._projection(x)
+
+
+class PackedHead(nn.Module):
+    """The layer that makes logits; no adapter targets it.
+
+    Raises:
+        NotPacked: there is nothing to gain.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        bias = head.bias
+        self._product = Product(_weight(head), bias.detach() if isinstance(bias, torch.Tensor) else None)
+        if not self._product.is_packed:
+            raise NotPacked
+        self.in_features = self._product.in_features
+        self.num_bytes = self._product.num_bytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(x)
 
 
 def packed_weight(weight: torch.Tensor) -> torch.Tensor | None:
@@ -108,7 +124,7 @@ def packed_weight(weight: torch.Tensor) -> torch.Tensor | None:
     try:
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_TOKENS)
         x = weight.new_zeros(1, weight.shape[1])
-        torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
     except (AttributeError, RuntimeError, TypeError):
         return None
     return packed
@@ -119,6 +135,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer) and isinstance(module.base, (nn.Linear, Conv1D))
 
 
+def _wrapped(layer: nn.Module) -> LoraLayer:
+    assert isinstance(layer, LoraLayer)
+    return layer
+
+
 def _weight(base: nn.Module) -> torch.Tensor:
     """``[out, in]``."""
     assert isinstance(base, (nn.Linear, Conv1D))
@@ -126,16 +147,13 @@ def _weight(base: nn.Module) -> torch.Tensor:
     return weight.t() if isinstance(base, Conv1D) else weight
 
 
-def _joined(weights: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(weights) if len(weights) > 1 else weights[0]
-
-
-def _joined_biases(layers: Sequence[LoraLayer], weights: list[torch.Tensor]) -> torch.Tensor | None:
+def _joined_biases(bases: list[nn.Module], widths: list[int]) -> torch.Tensor | None:
     """Zeros for layers that have none beside layers that do."""
-    biases = [layer.base.bias for layer in layers]
-    if all(bias is None for bias in biases):
+    biases = [base.bias for base in bases]
+    like = next((bias for bias in biases if isinstance(bias, torch.Tensor)), None)
+    if like is None:
         return None
-    pairs = zip(biases, weights, strict=True)
+    pairs = zip(biases, widths, strict=True)
     return torch.cat(
-        [weight.new_zeros(weight.shape[0]) if bias is None else bias.detach() for bias, weight in pairs]
+        [bias.detach() if isinstance(bias, torch.Tensor) else like.new_zeros(width) for bias, width in pairs]
     )

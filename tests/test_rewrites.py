@@ -25,6 +25,7 @@ from tunefleet.messages import Submit
 from tunefleet.runtime import packed, rewrites
 from tunefleet.runtime.engine import Engine
 from tunefleet.runtime.fused_attention import FusedAttention
+from tunefleet.runtime.fused_layer import FusedLayer
 from tunefleet.runtime.fused_mlp import FusedMlp
 from tunefleet.runtime.lora import wrap_linears
 from tunefleet.runtime.model import load_model
@@ -83,6 +84,7 @@ def test_attention_and_mlp_of_every_layer_are_fused_and_norms_are_torchs(name: s
     model, rewrites = rewritten(tmp_path / "base", manifest)
     kinds = [type(module) for module in model.modules()]
     assert manifest.num_layers == kinds.count(FusedAttention) == kinds.count(FusedMlp)
+    assert (0 if name.startswith("gemma") else manifest.num_layers) == kinds.count(FusedLayer)
     assert not any(kind.__module__.startswith("transformers") and "Norm" in kind.__name__ for kind in kinds)
     assert len(set(rewrites.applied)) == len(rewrites.applied)
 
