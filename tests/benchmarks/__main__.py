@@ -48,6 +48,7 @@ def run(bench: Bench, families: Mapping[str, Family], out: Path) -> int:
     measured: list[limits.Limits] = []
     found: dict[str, list[Figure]] = {}
     failures: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     for name, measure in families.items():
         measured.append(limits.measure(block_mb))
         started = time.monotonic()
@@ -55,10 +56,11 @@ def run(bench: Bench, families: Mapping[str, Family], out: Path) -> int:
             found[name] = list(measure(bench))
         except Exception:  # the other families are worth having; the exit code tells
             failures[name] = traceback.format_exc()
-        print(f"  {name}: {time.monotonic() - started:.0f} s", flush=True)
+        seconds[name] = time.monotonic() - started
+        print(f"  {name}: {seconds[name]:.0f} s", flush=True)
     found = {"machine": list(limits.figures([*measured, limits.measure(block_mb)])), **found}
     print(f"\n{report.table(found)}\n")
-    _write(bench, found, failures, out)
+    _write(report.as_json(bench, found, seconds, failures), found, out)
     for name in report.missed(found):
         print(f"NOT REACHED: {name}")
     for name, trace in failures.items():
@@ -87,11 +89,11 @@ def _head(bench: Bench) -> str:
     )
 
 
-def _write(bench: Bench, families: dict[str, list[Figure]], failures: dict[str, str], out: Path) -> None:
+def _write(as_json: str, families: Mapping[str, Sequence[Figure]], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}-{report.commit() or 'nocommit'}"
     written = out / f"{stem}.json"
-    written.write_text(report.as_json(bench, families, failures))
+    written.write_text(as_json)
     for name, figures in families.items():
         plot(name, figures, out / f"{stem}-{name}.png")
     print(f"written: {written}, and a picture per family beside it")

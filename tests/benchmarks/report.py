@@ -55,7 +55,10 @@ def missed(families: Families) -> list[str]:
     return [figure.name for figures in families.values() for figure in figures if figure.is_reached is False]
 
 
-def as_json(bench: Bench, families: Families, failures: Mapping[str, str]) -> str:
+def as_json(
+    bench: Bench, families: Families, seconds: Mapping[str, float], failures: Mapping[str, str]
+) -> str:
+    """All values of all figures, how long each family took, and what those that failed raised."""
     report = {
         "machine": machine(),
         "base": bench.manifest.base_id,
@@ -63,6 +66,7 @@ def as_json(bench: Bench, families: Families, failures: Mapping[str, str]) -> st
         "repeats": bench.repeats,
         "quick": bench.quick,
         "families": {family: [_fields(figure) for figure in figures] for family, figures in families.items()},
+        "seconds": dict(seconds),
         "failures": dict(failures),
     }
     return json.dumps(report, indent=2)
