@@ -266,9 +266,9 @@ class Scheduler:
 
     def _takes_slot(self, sequence: Sequence, aged: Sequence) -> bool:
         """Whether its pin could keep a slot from the one that waited too long."""
-        if aged.digest is None or self.slots.holds(aged.digest):
+        if aged.adapter is None or self.slots.holds(aged.adapter.digest):
             return False
-        return sequence.digest is not None
+        return sequence.digest is not None and sequence.digest in self.slots.in_the_way(aged.adapter.rank)
 
     def _join(self, sequence: Sequence) -> None:
         self._line.join(sequence)

@@ -123,6 +123,15 @@ class SlotTable:
         self._appraise(self._residents[digest])
         return Activation(digest, slot, evicted)
 
+    def in_the_way(self, rank: int) -> Collection[str]:
+        """Who is in the place for a rank that comes free first, if nobody there is used again."""
+        residents = self._residents
+        if self._lowest_free(rank_class_of(rank)) is not None:
+            groups = [[digest] for digest in residents]  # there is room, but one adapter too many
+        else:
+            groups = [inside for _, inside in self._taken_places(rank_class_of(rank))]
+        return min(groups, key=lambda group: sum(residents[d].num_pins for d in group), default=())
+
     def ready(self, digest: str) -> None:
         """Its slot is filled."""
         resident = self._residents[digest]
@@ -193,15 +202,20 @@ class SlotTable:
 
     def _cheapest(self, rank_class: int, loose: Collection[str]) -> tuple[Slot, tuple[str, ...]] | None:
         """Of the places that hold only loose residents, the one whose residents are worth least."""
-        places = []
-        for digest in loose:
-            first = self._residents[digest].slot.pages.start
-            slot = Slot(rank_class, first * SMALLEST_RANK_CLASS // rank_class)
-            inside = self._inside(slot)
-            if slot.pages.stop <= self.num_pages and all(other in loose for other in inside):
-                places.append((slot, inside))
+        places = [
+            place for place in self._taken_places(rank_class) if all(digest in loose for digest in place[1])
+        ]
         best = min(places, key=lambda place: (self._worth(place[1]), place[0].index), default=None)
         return None if best is None else (best[0], tuple(best[1]))
+
+    def _taken_places(self, rank_class: int) -> list[tuple[Slot, list[str]]]:
+        """Slots of the class that hold residents, and whom; of those within one resident only the first."""
+        firsts = {resident.slot.pages.start for resident in self._residents.values()}
+        slots = [
+            Slot(rank_class, index)
+            for index in sorted({first * SMALLEST_RANK_CLASS // rank_class for first in firsts})
+        ]
+        return [(slot, self._inside(slot)) for slot in slots if slot.pages.stop <= self.num_pages]
 
     def _inside(self, slot: Slot) -> list[str]:
         """Residents that share a page with the slot."""

@@ -201,6 +201,22 @@ def test_a_wide_adapter_gets_its_pages_though_narrow_ones_keep_coming() -> None:
     assert number < 8 + 4 + 8
 
 
+def test_who_uses_other_slots_goes_on_joining_while_a_wide_one_waits_for_its_place() -> None:
+    engine = new_engine(max_slots=8, num_pages=16, max_num_seqs=4, max_wait_steps=4)
+    engine.loaded |= {"long", "far"}
+    engine.add(new_sequence("long", "long", user_id="long", max_tokens=60, ignore_eos=True, rank=64))
+    engine.add(new_sequence("first", "far", user_id="far", max_tokens=60, ignore_eos=True, rank=64))
+    engine.step()
+    engine.loaded.add("wide")
+    engine.add(new_sequence("waits", "wide", user_id="bob", rank=64))
+    for number in range(30):
+        crowd(engine, number, "far")
+        engine.step()
+    assert "waits" not in engine.joined
+    assert len(engine.joined) > 6
+    engine.run(200)
+
+
 def test_a_long_prompt_gets_its_row_though_short_ones_keep_coming() -> None:
     engine = new_engine(budget_tokens=1024, max_model_len=512, max_num_seqs=8, max_wait_steps=8)
     engine.add(*(new_sequence(f"{n}", user_id="alice", max_tokens=4) for n in range(8)))

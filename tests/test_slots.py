@@ -158,6 +158,27 @@ def test_who_is_kept_is_not_evicted() -> None:
     assert Activation("c", Slot(8, 1), ("b",)) == slots.activate("c", 8, kept={"a"})
 
 
+def test_who_is_in_the_way_is_who_is_used_least_where_a_place_could_be() -> None:
+    slots = SlotTable(8, 4)
+    for digest in "abcd":
+        fill(slots, digest)
+        slots.pin(digest)
+    slots.pin("a")
+    slots.unpin("d")
+    assert slots.in_the_way(8) == ["d"]
+    assert slots.in_the_way(16) == ["c", "d"]
+    assert slots.in_the_way(32) == ["a", "b", "c", "d"]
+
+
+def test_where_there_is_room_but_one_adapter_too_many_the_least_used_is_in_the_way() -> None:
+    slots = SlotTable(2, 64)
+    for digest in "aab":
+        if not slots.holds(digest):
+            fill(slots, digest)
+        slots.pin(digest)
+    assert slots.in_the_way(64) == ["b"]
+
+
 def test_an_adapter_larger_than_the_arena_never_fits() -> None:
     slots = SlotTable(8, 3)
     assert slots.fits_ever(16)
