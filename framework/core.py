@@ -86,6 +86,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     linears: dict[str, LinearSpec]  # module path, e.g. "model.layers.0.self_attn.q_proj"
     probe_max_diff: float  # largest logit difference to plain transformers, fp32
+    kv_bytes_per_token: int = 0  # of keys and values in all layers; 0: prepared before this was noted
 
 
 class AdapterRef(msgspec.Struct, frozen=True):

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from tunefleet.runtime.attention import DecodeGroup, PrefillSegment, StepContext, step_context
+from tunefleet.runtime.banks import Banks
 from tunefleet.runtime.kv import KvRows
-from tunefleet.runtime.lora import Banks, LoraPlan, lora_plan, plan_adapters
+from tunefleet.runtime.lora import LoraPlan, lora_plan, plan_adapters
 from tunefleet.runtime.rows import RowTable
 from tunefleet.runtime.scheduler import Batch, Scheduled
 

@@ -39,6 +39,7 @@ from tunefleet.runtime.base import resolve_devices
 from tunefleet.runtime.host import HOST_SOCKET
 from tunefleet.runtime.launch import ensure_host
 from tunefleet.runtime.placement import choose
+from tunefleet.runtime.rows import least_budget_tokens
 from tunefleet.runtime.streams import Channel, MachineRun
 from tunefleet.runtime.wire import Connection
 
@@ -48,6 +49,8 @@ HOST_START_TIMEOUT_S = 30.0
 def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOptions:
     """What the host process needs to know of the options, with every "as many as" default filled in."""
     devices = resolve_devices(options)
+    max_model_len = context_length(options, manifest)
+    _check_kv(options, manifest, max_model_len)
     max_replicas = options.max_replicas or len(devices)
     cores = len(os.sched_getaffinity(0))
     return HostOptions(
@@ -70,9 +73,19 @@ def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOp
         disk_cache_bytes=options.disk_cache_bytes,
         max_num_seqs=options.max_num_seqs,
         max_queue=options.max_queue,
-        max_model_len=context_length(options, manifest),
+        max_model_len=max_model_len,
         threads_per_replica=options.threads_per_replica or max(1, cores // max_replicas),
     )
+
+
+def _check_kv(options: Options, manifest: Manifest, max_model_len: int) -> None:
+    least = least_budget_tokens(max_model_len) * manifest.kv_bytes_per_token
+    if options.kv_cache_bytes < least:
+        raise ConfigError(
+            f"kv_cache_bytes must be at least {least} for one sequence of {max_model_len} tokens of "
+            f"{manifest.name}, not {options.kv_cache_bytes}: raise it, or lower max_model_len",
+            param="kv_cache_bytes",
+        )
 
 
 class Machine:

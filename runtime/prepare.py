@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from tunefleet.core import LinearSpec, Manifest
 from tunefleet.errors import BaseModelError
 from tunefleet.runtime.base import MANIFEST_FILE, QUICKSTART
+from tunefleet.runtime.kv import bytes_per_token
 from tunefleet.runtime.model import save_model
 from tunefleet.runtime.probe import probe
 
@@ -83,6 +84,7 @@ def describe(model: PreTrainedModel, *, name: str, weights_sha256: str, dtype: s
         eos_token_ids=_eos_token_ids(model),
         linears=_linears(model),
         probe_max_diff=0.0,
+        kv_bytes_per_token=bytes_per_token(model.config, getattr(torch, dtype)),
     )
 
 

@@ -432,3 +432,11 @@ def test_a_base_that_can_not_be_loaded_is_an_error_with_its_reason(world: World,
             await machine.close()
 
     asyncio.run(scenario())
+
+
+def test_a_kv_budget_below_one_sequence_is_refused_at_the_start(world: World, tmp_path: Path) -> None:
+    manifest = msgspec.structs.replace(world.manifest, kv_bytes_per_token=10_000)
+    options = options_for(tmp_path, kv_cache_bytes=1 << 20)
+    with pytest.raises(ConfigError, match="at least 3840000 for one sequence of 256 tokens") as refusal:
+        Machine(options, manifest, world.base)
+    assert refusal.value.param == "kv_cache_bytes"
