@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from tunefleet.adapters_store.prepare import prepare_adapter
+from tunefleet.adapters_store.slot_layout import SlotLayout
 from tunefleet.adapters_store.validation import check_adapter
 from tunefleet.core import AdapterRef, FinishReason, Manifest, SamplingParams
 from tunefleet.messages import Progress, Submit
@@ -30,6 +33,7 @@ from tunefleet.runtime.base import MANIFEST_FILE
 from tunefleet.runtime.engine import Engine, EngineLimits
 from tunefleet.runtime.model import load_model, save_model
 from tunefleet.runtime.prepare import describe, write_manifest
+from tunefleet.runtime.sampling import sample
 
 TIE = 1e-3  # logits closer than this are a tie: rounding may decide either way
 VOCAB = 128
@@ -118,7 +122,8 @@ def make_adapter(
 def check_and_prepare(manifest: Manifest, folder: Path) -> Adapter:
     checked = check_adapter(folder, manifest, max_rank=64)
     prepared = folder / "prepared.safetensors"
-    prepare_adapter(folder, checked, prepared, dtype="float32")
+    layout = SlotLayout(manifest.linears)
+    prepare_adapter(folder, checked, prepared, layout=layout, dtype="float32")
     ref = AdapterRef(checked.digest, "default", "", checked.weights_sha256, checked.size_bytes, checked.rank)
     return Adapter(folder, prepared, ref)
 
@@ -149,6 +154,36 @@ class Oracle:
         gaps = best.values - chosen
         assert float(gaps.max()) < TIE, f"{digest}: token {int(gaps.argmax())} is not the reference's"
 
+    def check_sampled(
+        self, digest: str | None, prompt: list[int], answer: list[int], params: SamplingParams, first: int = 0
+    ) -> None:
+        """Each token is drawn from the reference's logits, or from some that differ by less than ``TIE``.
+
+        Args:
+            first: the index of the first token of ``answer``.
+        """
+        logits = self.logits(digest, prompt, answer)
+        wanted = torch.tensor(answer)
+        indexes = list(range(first, first + len(answer)))
+        generator = torch.Generator().manual_seed(0)
+        right = torch.zeros_like(wanted, dtype=torch.bool)
+        for width in [0.0, *[TIE] * 40]:
+            noise = (torch.rand(logits.shape, generator=generator) - 0.5) * width
+            right |= torch.tensor(sample(logits + noise, [params] * len(answer), indexes).tokens) == wanted
+            if right.all():
+                return
+        raise AssertionError(f"{digest}: token {int(right.int().argmin())} is not the reference's")
+
+    def check_answer(self, work: Submit, tokens: list[int]) -> None:
+        """Greedy or sampled, from the first token or resumed."""
+        digest, prompt = digest_of(work), [*work.prompt, *work.generated]
+        if not tokens:
+            return
+        if work.sampling.temperature == 0:
+            self.check(digest, prompt, tokens)
+        else:
+            self.check_sampled(digest, prompt, tokens, work.sampling, len(work.generated))
+
     def agrees(self, digest: str | None, prompt: list[int], answer: list[int]) -> bool:
         return bool((self.logits(digest, prompt, answer).argmax(-1) == torch.tensor(answer)).all())
 
@@ -163,11 +198,39 @@ class Oracle:
         return self._models[digest]
 
 
+class Stage(NamedTuple):
+    """A tiny base, adapters of it, and what knows their answers."""
+
+    model: PreTrainedModel
+    folder: Path
+    manifest: Manifest
+    adapters: list[Adapter]
+    oracle: Oracle
+
+    def engine(self, **limits: int) -> Engine:
+        return new_engine(self.folder, self.manifest, **limits)
+
+    def driver(self, **limits: int) -> Driver:
+        return Driver(self.engine(**limits), self.adapters)
+
+
+def make_stage(root: Path, shapes: list[dict[str, object]], num_adapters: int) -> Stage:
+    """Random adapters of the tiny Llama, of one shape after another."""
+    model = tiny_model("llama")
+    manifest = prepare_model(model, root / "base")
+    adapters = [
+        make_adapter(model, manifest, root / f"adapter-{seed}", seed, **shapes[seed % len(shapes)])
+        for seed in range(num_adapters)
+    ]
+    return Stage(model, root / "base", manifest, adapters, Oracle(model, adapters))
+
+
 @dataclasses.dataclass
 class Answer:
     tokens: list[int] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
     error_code: str = ""
+    cached_tokens: int = 0
     shared_with: int = 0  # most sequences in a step with it
     num_adapters: int = 0
 
@@ -175,36 +238,49 @@ class Answer:
         self.tokens += progress.tokens
         self.finish_reason = progress.finish_reason
         self.error_code = progress.error_code
+        if progress.timing is not None:
+            self.cached_tokens = progress.timing.cached_tokens
         self.shared_with = max(self.shared_with, progress.batch_size)
         self.num_adapters = max(self.num_adapters, progress.num_adapters)
 
 
 class Driver:
-    """Steps an engine and plays the host process: adapters arrive some steps after they were asked for."""
+    """Steps an engine and plays the host process: adapters arrive some steps after they were asked for.
 
-    def __init__(self, engine: Engine, adapters: list[Adapter], *, load_steps: int = 2) -> None:
+    Args:
+        load_steps: how many; a function is asked for each.
+    """
+
+    def __init__(
+        self, engine: Engine, adapters: list[Adapter], *, load_steps: int | Callable[[], int] = 2
+    ) -> None:
         self.engine = engine
         self.answers: dict[str, Answer] = {}
         self._paths = {adapter.ref.digest: adapter.prepared for adapter in adapters}
         self._arriving: list[tuple[int, str]] = []
-        self._load_steps = load_steps
+        self._load_steps = load_steps if callable(load_steps) else lambda: load_steps
 
-    def submit(self, work: Submit) -> None:
-        self.answers[work.request_id] = Answer()
+    def submit(self, work: Submit) -> Answer:
+        answer = self.answers[work.request_id] = Answer()
         self.engine.add(work)
+        return answer
 
     def step(self) -> list[Progress]:
-        self._arriving += [(self._load_steps, ref.digest) for ref in self.engine.missing_adapters()]
+        self._arriving += [(self._load_steps(), ref.digest) for ref in self.engine.missing_adapters()]
         self._arriving = [(steps - 1, digest) for steps, digest in self._arriving]
         for steps, digest in list(self._arriving):
             if steps <= 0:
                 self._arriving.remove((steps, digest))
-                self.engine.adapter_loaded(digest, self._paths[digest], 0.0, 0.0)
+                self.deliver(digest)
         news = self.engine.step()
         self.engine.check()
         for progress in news:
             self.answers[progress.request_id].take(progress)
         return news
+
+    def deliver(self, digest: str) -> None:
+        """The adapter is in the host tier."""
+        self.engine.adapter_loaded(digest, self._paths[digest], 0.0, 0.0)
 
     def finish(self) -> None:
         while self.engine.scheduler:
@@ -223,3 +299,7 @@ def random_prompt(generator: random.Random, length: int, vocab: int = VOCAB) -> 
 
 def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+
+
+def digest_of(work: Submit) -> str | None:
+    return work.adapter.digest if work.adapter else None
