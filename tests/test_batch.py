@@ -60,8 +60,7 @@ def poison(engine: Engine, adapter: Adapter) -> None:
     """From now on the adapter's K is no number."""
     slot = engine.slots.lookup(adapter.ref.digest)
     assert slot is not None
-    stack_a, _ = engine.banks.of(slot.rank_class).stack("model.layers.0.self_attn.k_proj")
-    stack_a[slot.index] = float("nan")
+    engine.banks.a(("model.layers.0.self_attn.k_proj",), slot.rank_class)[slot.index] = float("nan")
 
 
 def check_good(tiny: Tiny, driver: Driver, request_id: str, prompt: tuple[int, ...]) -> None:
