@@ -20,6 +20,8 @@ from tests.benchmarks.plots import plot
 from transformers.utils import logging
 
 OUT = Path("build/bench")
+_DURATION = "All of it takes about 25 minutes on 2 cores."
+_QUICK = "A quick run on a tiny base: it shows that all works; the figures say nothing."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,8 +86,8 @@ def _head(bench: Bench) -> str:
     return (
         f"{found['cpu']}, {found['cores']} cores; torch {found['torch']}, transformers "
         f"{found['transformers']}, peft {found['peft']}; {bench.manifest.base_id} in {bench.manifest.dtype}; "
-        f"commit {found['commit']}\nMedians of up to {bench.repeats} runs. "
-        "All of it takes about 25 minutes on 2 cores."
+        f"commit {found['commit']}\n"
+        + (_QUICK if bench.quick else f"Medians of up to {bench.repeats} runs. {_DURATION}")
     )
 
 

@@ -19,6 +19,8 @@ from tunefleet.core import AdapterRef
 from tunefleet.messages import Submit
 from tunefleet.runtime.machine import Machine
 
+SETTLE_S = 15
+
 _ids = itertools.count()
 
 
@@ -32,6 +34,7 @@ class Shelf:
             "store_url": (folder / "store").as_uri(),
             "devices": "cpu",
             "idle_timeout_s": 3600.0,
+            "threads_per_replica": bench.size(0, 1),
             "host_cache_bytes": 8 * GIB,
             "disk_cache_bytes": 16 * GIB,
         }
@@ -95,6 +98,11 @@ class MachineClient:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             tasks.append(asyncio.create_task(self.ask(work, Trace(len(work.prompt), due))))
         return await asyncio.gather(*tasks)
+
+    async def settle(self) -> None:
+        """Lets the replica finish what it does for its speed after a first token, while it is idle."""
+        await self.ask(self.work(None, 8, 8))
+        await asyncio.sleep(self._bench.seconds(SETTLE_S, 0))
 
     async def bring_to_host(self, refs: Sequence[AdapterRef]) -> None:
         """Returns when all are in the host tier."""

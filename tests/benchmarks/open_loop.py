@@ -46,6 +46,7 @@ async def _rounds(
     resident: list[list[Trace]] = []
     crowded: list[list[Trace]] = []
     async with shelf.serving() as client:
+        await client.settle()
         await client.bring_to_host(refs)
         await _capacity(bench, client, refs[:num_slots])  # not counted
         capacity = await _capacity(bench, client, refs[:num_slots])

@@ -54,6 +54,7 @@ async def _rounds(
     calm: list[_Run] = []
     storm: list[_Run] = []
     async with shelf.serving() as client:
+        await client.settle()
         await client.bring_to_host(refs)
         await _run(bench, client, readers, few)  # not counted
         for _ in range(min(bench.repeats, MAX_ROUNDS)):

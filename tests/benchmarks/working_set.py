@@ -59,6 +59,7 @@ async def _rounds(
     crowded: list[list[Trace]] = []
     resident: list[list[Trace]] = []
     async with shelf.serving() as client:
+        await client.settle()
         if is_in_host:
             await client.bring_to_host(refs)
         for some in (fitting, others[-num_slots:]):
