@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tunefleet.core import LinearSpec
 from tunefleet.runtime.banks import Banks, Filling, Prepared, map_prepared
 from tunefleet.runtime.scheduler import Scheduler
+from tunefleet.runtime.slots import Activation
 
 SLICE_BYTES = 4 << 20  # of a prepared file per step, while sequences run: milliseconds of their pace
 
@@ -96,9 +97,17 @@ class Activations:
             activation = self._scheduler.next_activation(self._loaded.keys())
             if activation is not None:
                 loaded = self._loaded.pop(activation.digest)
+                self._clear(activation)
                 filling = self._banks.filling(activation.slot, loaded.prepared)
                 self._under = _Under(activation.digest, filling, loaded, self._clock())
         return self._under
+
+    def _clear(self, activation: Activation) -> None:
+        """What the filling won't overwrite: of an evicted adapter nothing stays on the device."""
+        kept = activation.slot.pages
+        for slot in activation.evicted.values():
+            if slot.pages.start < kept.start or slot.pages.stop > kept.stop:
+                self._banks.clear(slot)
 
     def _done(self, under: _Under) -> None:
         self._under = None

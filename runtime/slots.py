@@ -37,7 +37,7 @@ class Activation(NamedTuple):
 
     digest: str
     slot: Slot
-    evicted: tuple[str, ...]
+    evicted: dict[str, Slot]  # digests, and the slots that they had
 
 
 class SlotState(enum.Enum):
@@ -114,10 +114,10 @@ class SlotTable:
         place = self._place(rank_class_of(rank), kept)
         if place is None:
             return None
-        slot, evicted = place
-        for victim in evicted:
+        slot, victims = place
+        for victim in victims:
             self._clock = max(self._clock, self._residents[victim].priority)
-            self.deactivate(victim)
+        evicted = {victim: self.deactivate(victim) for victim in victims}
         self._num_uses += 1
         self._residents[digest] = _Resident(slot, cost, 0.0, self._num_uses)
         self._appraise(self._residents[digest])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from engine_kit import (
     Adapter,
@@ -22,6 +23,7 @@ from engine_kit import (
 from tunefleet.core import FinishReason, Manifest
 from tunefleet.messages import Submit
 from tunefleet.runtime.engine import Engine
+from tunefleet.runtime.slots import Slot
 
 
 class Tiny(NamedTuple):
@@ -159,12 +161,14 @@ def test_an_evicted_adapters_weights_are_gone_from_the_device(tiny: Tiny) -> Non
     driver = new_driver(tiny, max_active_adapters=1)
     driver.submit(work("a", tiny.bad, (5, 6), max_tokens=2))
     driver.finish()
-    stack = driver.engine.banks.of(16).stack("model.layers.0.self_attn.k_proj")[0]
-    assert stack.any()
+    wide = driver.engine.banks.values(Slot(16, 0))
+    first, second = wide.chunk(2)
+    assert second.any()
     driver.submit(work("b", tiny.good, (5, 6), max_tokens=2))
     driver.finish()
-    assert not stack.any()
-    assert driver.engine.banks.of(8).stack("model.layers.0.self_attn.k_proj")[0].any()
+    assert torch.equal(first, driver.engine.banks.values(Slot(8, 0)))
+    assert first.any()
+    assert not second.any()
 
 
 def test_a_resumed_sequence_with_tokens_out_of_range_is_refused(tiny: Tiny) -> None:

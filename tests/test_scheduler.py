@@ -139,11 +139,11 @@ def test_a_slot_is_used_only_after_its_fill() -> None:
 def test_a_fill_that_fails_gives_the_slot_back() -> None:
     scheduler = new_scheduler(max_slots=1)
     scheduler.add(new_sequence("x", "a"))
-    assert Activation("a", Slot(8, 0), ()) == scheduler.next_activation({"a"})
+    assert Activation("a", Slot(8, 0), {}) == scheduler.next_activation({"a"})
     scheduler.activation_failed("a")
     assert scheduler.join() is None
     assert [ref.digest for ref in scheduler.wanted_adapters()] == ["a"]
-    assert Activation("a", Slot(8, 0), ()) == scheduler.next_activation({"a"})
+    assert Activation("a", Slot(8, 0), {}) == scheduler.next_activation({"a"})
 
 
 def test_wanted_adapters_are_named_once_and_no_more_than_slots() -> None:

@@ -24,11 +24,11 @@ def use(slots: SlotTable, digest: str) -> None:
 
 def test_rank_classes_are_views_of_one_arena() -> None:
     slots = SlotTable(8, 16)
-    assert Activation("a", Slot(8, 0), ()) == fill(slots, "a", 4)
-    assert Activation("b", Slot(16, 1), ()) == fill(slots, "b", 16)
-    assert Activation("c", Slot(8, 1), ()) == fill(slots, "c", 8)
-    assert Activation("d", Slot(64, 1), ()) == fill(slots, "d", 33)
-    assert Activation("e", Slot(32, 1), ()) == fill(slots, "e", 32)
+    assert Activation("a", Slot(8, 0), {}) == fill(slots, "a", 4)
+    assert Activation("b", Slot(16, 1), {}) == fill(slots, "b", 16)
+    assert Activation("c", Slot(8, 1), {}) == fill(slots, "c", 8)
+    assert Activation("d", Slot(64, 1), {}) == fill(slots, "d", 33)
+    assert Activation("e", Slot(32, 1), {}) == fill(slots, "e", 32)
     assert [range(1), range(2, 4), range(1, 2), range(8, 16), range(4, 8)] == [
         slot.pages for slot in map(slots.lookup, "abcde") if slot
     ]
@@ -41,7 +41,7 @@ def test_a_freed_slot_is_used_again_before_higher_ones() -> None:
     for digest in "abc":
         fill(slots, digest)
     assert Slot(8, 1) == slots.deactivate("b")
-    assert Activation("d", Slot(8, 1), ()) == fill(slots, "d")
+    assert Activation("d", Slot(8, 1), {}) == fill(slots, "d")
 
 
 def test_a_slot_is_used_only_once_it_is_filled() -> None:
@@ -61,7 +61,7 @@ def test_who_is_being_filled_is_not_evicted() -> None:
     slots.activate("a", 8)
     assert slots.activate("b", 8) is None
     slots.ready("a")
-    assert Activation("b", Slot(8, 0), ("a",)) == slots.activate("b", 8)
+    assert Activation("b", Slot(8, 0), {"a": Slot(8, 0)}) == slots.activate("b", 8)
 
 
 def test_a_fill_that_fails_frees_the_slot() -> None:
@@ -77,7 +77,7 @@ def test_of_equals_the_least_recently_used_goes_first() -> None:
     fill(slots, "b")
     use(slots, "b")
     use(slots, "a")
-    assert Activation("c", Slot(8, 1), ("b",)) == fill(slots, "c")
+    assert Activation("c", Slot(8, 1), {"b": Slot(8, 1)}) == fill(slots, "c")
 
 
 def test_who_is_used_often_stays_before_who_was_used_last() -> None:
@@ -87,7 +87,7 @@ def test_who_is_used_often_stays_before_who_was_used_last() -> None:
         use(slots, "often")
     fill(slots, "last")
     use(slots, "last")
-    assert Activation("new", Slot(8, 1), ("last",)) == fill(slots, "new")
+    assert Activation("new", Slot(8, 1), {"last": Slot(8, 1)}) == fill(slots, "new")
 
 
 def test_who_was_used_often_long_ago_goes_in_the_end() -> None:
@@ -108,14 +108,14 @@ def test_what_costs_more_to_load_stays_longer() -> None:
     fill(slots, "dear", cost=10.0)
     fill(slots, "cheap", cost=1.0)
     use(slots, "cheap")
-    assert Activation("new", Slot(8, 1), ("cheap",)) == fill(slots, "new")
+    assert Activation("new", Slot(8, 1), {"cheap": Slot(8, 1)}) == fill(slots, "new")
 
 
 def test_what_takes_more_room_goes_before_what_takes_less() -> None:
     slots = SlotTable(2, 16)
     fill(slots, "wide", 64)
     fill(slots, "narrow", 8)
-    assert Activation("new", Slot(8, 0), ("wide",)) == fill(slots, "new")
+    assert Activation("new", Slot(8, 0), {"wide": Slot(64, 0)}) == fill(slots, "new")
 
 
 def test_several_small_adapters_make_room_for_a_wide_one_where_they_are_worth_least() -> None:
@@ -123,8 +123,10 @@ def test_several_small_adapters_make_room_for_a_wide_one_where_they_are_worth_le
     for digest in "abcd":
         fill(slots, digest)
     use(slots, "a")
-    assert Activation("wide", Slot(16, 1), ("c", "d")) == fill(slots, "wide", 16)
-    assert Activation("wider", Slot(32, 0), ("a", "b", "wide")) == fill(slots, "wider", 32)
+    assert Activation("wide", Slot(16, 1), {"c": Slot(8, 2), "d": Slot(8, 3)}) == fill(slots, "wide", 16)
+    assert Activation("wider", Slot(32, 0), {"a": Slot(8, 0), "b": Slot(8, 1), "wide": Slot(16, 1)}) == fill(
+        slots, "wider", 32
+    )
 
 
 def test_a_pinned_adapter_stays_and_the_newcomer_waits() -> None:
@@ -155,7 +157,7 @@ def test_who_is_kept_is_not_evicted() -> None:
     fill(slots, "a")
     fill(slots, "b")
     assert slots.activate("c", 8, kept={"a", "b"}) is None
-    assert Activation("c", Slot(8, 1), ("b",)) == slots.activate("c", 8, kept={"a"})
+    assert Activation("c", Slot(8, 1), {"b": Slot(8, 1)}) == slots.activate("c", 8, kept={"a"})
 
 
 def test_who_is_in_the_way_is_who_is_used_least_where_a_place_could_be() -> None:
