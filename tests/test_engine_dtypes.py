@@ -1,4 +1,4 @@
-"""The engine in 16 bits: close to the reference in 32, with adapters and without, before and after rewrites."""
+"""The engine in 16 bits: close to the reference in 32, adapters or none, before and after rewrites."""
 
 from __future__ import annotations
 
