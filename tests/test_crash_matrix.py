@@ -34,9 +34,21 @@ SHM = Path("/dev/shm")
 
 
 class Worlds:
-    """A world in files, and copies of it to destroy."""
+    """A world in files, and copies of it to destroy.
 
-    def __init__(self, folder: Path, processes: Processes, database_url: str | None = None) -> None:
+    Args:
+        every_point: kill at each time that a step is reached, not only the first and the last.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        processes: Processes,
+        database_url: str | None = None,
+        *,
+        every_point: bool = True,
+    ) -> None:
+        self.every_point = every_point
         self.processes = processes
         self.killed: Counter[str] = Counter()
         self.killed_again: Counter[str] = Counter()
@@ -109,13 +121,10 @@ def worlds(request: pytest.FixtureRequest) -> Iterator[Worlds]:
             yield Worlds(folder, processes)
         elif request.param == "seaweedfs":
             bucket = server.make_bucket(versioned=True)
-            yield BucketWorlds(folder, processes, server=server, bucket=bucket)
+            yield BucketWorlds(folder, processes, server=server, bucket=bucket, every_point=False)
         else:
             bucket, postgres = server.make_bucket(), request.getfixturevalue("postgres")
             yield PostgresWorlds(folder, processes, postgres=postgres, server=server, bucket=bucket)
-
-
-every_point = pytest.mark.parametrize("every", [False, True])
 
 
 def points(steps: Sequence[str], *, every: bool) -> list[str]:
@@ -165,13 +174,12 @@ def unharmed(worlds: Worlds, scenario: str) -> Outcome:
     return traced
 
 
-@every_point
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_process_killed_at_any_step_loses_nothing_and_leaves_nothing_half(
-    worlds: Worlds, scenario: str, every: bool
+    worlds: Worlds, scenario: str
 ) -> None:
     traced = unharmed(worlds, scenario)
-    for at in points(traced.steps, every=every):
+    for at in points(traced.steps, every=worlds.every_point):
         restarted(worlds, crashed(worlds, scenario, at, traced.states))
         worlds.killed[at.partition("#")[0]] += 1
 
@@ -184,16 +192,13 @@ TWICE = {
 }
 
 
-@every_point
 @pytest.mark.parametrize("scenario", TWICE)
-def test_a_restart_killed_at_any_step_is_made_good_by_the_next_one(
-    worlds: Worlds, scenario: str, every: bool
-) -> None:
+def test_a_restart_killed_at_any_step_is_made_good_by_the_next_one(worlds: Worlds, scenario: str) -> None:
     states = unharmed(worlds, scenario).states
     first = crashed(worlds, scenario, TWICE[scenario], states)
     traced = worlds.processes.run(Run("restart", first.place, offset_s=2 * HOUR_S, traced=True))
     assert traced.status == 0
-    for at in points(traced.steps, every=every):
+    for at in points(traced.steps, every=worlds.every_point):
         crash = crashed(worlds, scenario, TWICE[scenario], states)
         restarted(worlds, crash, at=at)
         restarted(worlds, crash, offset_s=4 * HOUR_S)
