@@ -127,7 +127,7 @@ class Asking:
         if kind < 0.6:
             return (*self._random.choice(self._texts), *self._new_tokens(self._random.randint(1, 12)))
         if kind < 0.75:
-            return self._new_tokens(self._random.randint(self._max_prompt // 2, self._max_prompt))
+            return self._new_tokens(self._random.randint(3 * self._max_prompt // 4, self._max_prompt))
         return self._new_tokens(self._random.randint(1, 30))
 
     def _sampling(self) -> SamplingParams:

@@ -14,15 +14,16 @@ from typing import NamedTuple
 
 from asking import Asked, Asking, User, most_that_may_be_cached
 from engine_kit import Adapter, Driver, Oracle, digest_of
+from tunefleet.adapters_store.slot_layout import SMALLEST_RANK_CLASS
 from tunefleet.core import FinishReason, Manifest
 from tunefleet.messages import Progress, Submit
 from tunefleet.runtime.engine import Engine
 from tunefleet.runtime.sequence import Sequence, SequenceState
+from tunefleet.runtime.slots import Slot
 
 MAX_IDLE_STEPS = 300  # without any news: somebody would wait for ever
 MIN_MIXED = 3  # adapters in a step that counts as mixed
-SEASON = 60  # acts; some seasons are quiet, so that what ended sequences left isn't pushed out at once
-QUIET = 3  # requests at once
+SEASON = 30  # acts; some seasons are quiet, so that what ended sequences left isn't pushed out at once
 
 EVENTS = (
     "requests",
@@ -66,7 +67,8 @@ class Life(Driver):
     Args:
         kv_cache_bytes: as the engine has it.
         failing_loads: which part of all.
-        max_open: requests at once in a busy season; nobody asks when there are as many.
+        max_open: requests at once; nobody asks when there are as many.
+        max_open_quiet: in a quiet season.
         max_prompt: tokens of the longest prompt.
         max_tokens: of the longest answer.
         asking: what is asked.
@@ -83,6 +85,7 @@ class Life(Driver):
         kv_cache_bytes: int,
         failing_loads: float = 0.02,
         max_open: int = 20,
+        max_open_quiet: int = 3,
         max_prompt: int = 180,
         max_tokens: int = 32,
         asking: type[Asking] = Asking,
@@ -100,8 +103,10 @@ class Life(Driver):
         self._open: dict[str, Asked] = {}
         self._deleting: dict[str, None] = {}
         self._kv_cache_bytes = kv_cache_bytes
+        self._arena = _arena_of(engine)
         self._failing_loads = failing_loads
-        self._max_open = self._max_open_now = max_open
+        self._seasons = [max_open_quiet, max_open]
+        self._max_open = max_open
         self._num_acts = 0
         self._num_idle = 0
         self._acts = {
@@ -123,7 +128,7 @@ class Life(Driver):
         """One act, and a step."""
         self._num_acts += 1
         if self._num_acts % SEASON == 0:
-            self._max_open_now = self._random.choice([QUIET, self._max_open])
+            self._max_open = self._random.choice(self._seasons)
         (act,) = self._random.choices(list(self._acts), list(self._acts.values()))
         act()
         self.step()
@@ -172,6 +177,8 @@ class Life(Driver):
             if asked.answer.finish_reason is FinishReason.STOP:
                 tokens = [*tokens, self._eos]  # it is not part of the answer, but was chosen
             oracle.check_answer(asked.work, tokens)
+            if asked.answer.tokens:
+                oracle.check_logprobs(asked.work, asked.answer)
             if not asked.cancelled:
                 _check_end(asked)
 
@@ -182,7 +189,7 @@ class Life(Driver):
     # What people do
 
     def _ask_something(self) -> None:
-        if len(self._open) < self._max_open_now:
+        if len(self._open) < self._max_open:
             user = self._asking.user(self.users)
             for work in self._asking.works(user):
                 self.ask(work, user)
@@ -212,15 +219,17 @@ class Life(Driver):
         return f"while {'its adapter' if missing else 'a place'} was missing"
 
     def _upload(self) -> None:
-        """A new version of somebody's adapter; who was deleted is there again."""
+        """A new version of somebody's adapter; who was deleted is there again, often with the same one."""
         user = self._random.choice([user for user in self.users if user.adapter])
-        old, user.adapter, user.deleted = user.adapter, self._random.choice(self._adapters), False
+        same = user.deleted and self._random.random() < 0.5
+        old, user.deleted = user.adapter, False
+        user.adapter = old if same else self._random.choice(self._adapters)
         if user.adapter is not old and any(not asked.ended for asked in user.asked):
             self.tally["uploads while the old version answers"] += 1
 
     def _delete(self) -> None:
         """Somebody with all their versions; their streams end."""
-        there = [user for user in self.users if user.user_id and user.adapter and not user.deleted]
+        there = [user for user in self.users if user.user_id and user.asked]
         if not there:
             return
         user = self._random.choice(there)
@@ -229,7 +238,7 @@ class Life(Driver):
                 self._cancel(asked)
         self.engine.forget_user(user.tenant, user.user_id or "")
         self._deleting.update(user.digests)
-        user.deleted, user.asked, user.digests = True, [], {}
+        user.deleted, user.asked, user.digests = user.adapter is not None, [], {}
         self.tally["deletions"] += 1
 
     # What the machine does
@@ -269,6 +278,7 @@ class Life(Driver):
 
     def _look(self, before: _Standing) -> None:
         assert self.engine.kv.used_bytes <= self._kv_cache_bytes
+        assert _arena_of(self.engine) == self._arena
         now = _Standing.of(self.engine)
         self.tally["evictions"] += len(before.resident - now.resident)
         for sequence in self.engine.scheduler.waiting:
@@ -282,6 +292,11 @@ class Life(Driver):
         self.tally["mixed steps"] += len({s.digest for s in running} - {None}) >= MIN_MIXED
         draws = {s.sampling.temperature > 0 for s in running}
         self.tally["steps that sample beside greedy ones"] += len(draws) == 2
+
+
+def _arena_of(engine: Engine) -> int:
+    """Where the slots' memory is: it is taken once."""
+    return engine.banks.values(Slot(SMALLEST_RANK_CLASS, 0)).data_ptr()
 
 
 def _check_end(asked: Asked) -> None:

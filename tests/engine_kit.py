@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -28,7 +29,7 @@ from tunefleet.adapters_store.prepare import prepare_adapter
 from tunefleet.adapters_store.slot_layout import SlotLayout
 from tunefleet.adapters_store.validation import check_adapter
 from tunefleet.core import AdapterRef, FinishReason, Manifest, SamplingParams
-from tunefleet.messages import Progress, Submit
+from tunefleet.messages import Progress, Submit, TokenLogprob
 from tunefleet.runtime.base import MANIFEST_FILE
 from tunefleet.runtime.engine import Engine, EngineLimits
 from tunefleet.runtime.model import load_model, save_model
@@ -174,6 +175,18 @@ class Oracle:
                 return
         raise AssertionError(f"{digest}: token {int(right.int().argmin())} is not the reference's")
 
+    def check_logprobs(self, work: Submit, answer: Answer) -> None:
+        """As many as tokens where they were asked for, each what the reference would say."""
+        if work.sampling.logprobs is None:
+            assert answer.logprobs == []
+            return
+        own = [found.logprob for found in answer.logprobs]
+        prompt = [*work.prompt, *work.generated]
+        logprobs = self.logits(digest_of(work), prompt, answer.tokens).log_softmax(dim=-1)
+        expected = logprobs.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        assert own == pytest.approx(expected.tolist(), abs=TIE)
+        assert {len(found.top) for found in answer.logprobs} == {work.sampling.logprobs}
+
     def check_answer(self, work: Submit, tokens: list[int]) -> None:
         """Greedy or sampled, from the first token or resumed."""
         digest, prompt = digest_of(work), [*work.prompt, *work.generated]
@@ -231,11 +244,13 @@ class Answer:
     finish_reason: FinishReason | None = None
     error_code: str = ""
     cached_tokens: int = 0
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
     shared_with: int = 0  # most sequences in a step with it
     num_adapters: int = 0
 
     def take(self, progress: Progress) -> None:
         self.tokens += progress.tokens
+        self.logprobs += progress.logprobs
         self.finish_reason = progress.finish_reason
         self.error_code = progress.error_code
         if progress.timing is not None:

@@ -34,6 +34,12 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return make_stage(tmp_path_factory.mktemp("town"), SHAPES, 8 * NUM_SLOTS)
 
 
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter takes several steps to its slot, as a large one does."""
+    monkeypatch.setattr("tunefleet.runtime.engine.SLICE_BYTES", 32_768)
+
+
 def new_life(town: Stage, seed: int, *, failing_loads: float = 0.02) -> Life:
     return Life(
         town.engine(**TIGHT),

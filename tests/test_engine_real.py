@@ -34,20 +34,20 @@ from tunefleet.text import Tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-NUM_SLOTS = 2
-AGREEMENT_FLOOR = 0.9  # of bf16's tokens with fp32's choice; measured: see the printed figure
+NUM_SLOTS = 3
+AGREEMENT_FLOOR = 0.9  # of bf16's tokens with fp32's choice; measured: 0.984
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    """SmolLM2 in fp32 with sixteen random adapters of ranks 1 to 64 and three trained ones."""
+    """SmolLM2 in fp32 with 21 random adapters of ranks 1 to 64 and three trained ones."""
     root = tmp_path_factory.mktemp("real")
     base_dir = locate_base(resolve(keywords={"dtype": "float32"}))
     manifest = read_manifest(base_dir)
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
     adapters = [
         make_adapter(model, manifest, root / str(seed), seed, std=1.2 / int(str(shape["r"])) ** 0.5, **shape)
-        for seed, shape in enumerate([*SHAPES, *SHAPES[:7]])
+        for seed, shape in enumerate([*SHAPES, *SHAPES, *SHAPES[:3]])
     ]
     folders = [Path(shutil.copytree(adapter_folder(user), root / user)) for user in USERS]
     adapters += [check_and_prepare(manifest, folder) for folder in folders]
@@ -55,8 +55,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 
 def test_mixed_adapters_on_the_real_base_answer_as_peft_does(stage: Stage) -> None:
-    """Nineteen adapters and none, four slots, arrivals and departures at random."""
+    """Thirteen adapters and none, four slots, arrivals and departures at random."""
     generator = random.Random(11)
+    adapters = [*stage.adapters[: len(SHAPES)], *stage.adapters[-4:]]
     works = [
         Submit(
             request_id=str(index),
@@ -64,7 +65,7 @@ def test_mixed_adapters_on_the_real_base_answer_as_peft_does(stage: Stage) -> No
             sampling=greedy(generator.randrange(12, 24)),
             adapter=adapter.ref if adapter else None,
         )
-        for index, adapter in enumerate([*stage.adapters, None, *stage.adapters[:4]])
+        for index, adapter in enumerate([*adapters, None, *adapters[:6]])
     ]
     generator.shuffle(works)
     driver = stage.driver(max_num_seqs=6, max_active_adapters=4)
@@ -80,20 +81,20 @@ def test_mixed_adapters_on_the_real_base_answer_as_peft_does(stage: Stage) -> No
         stage.oracle.check_answer(work, answer.tokens)
         if not stage.oracle.agrees(None, list(work.prompt), answer.tokens):
             changed.add(digest_of(work))
-    assert changed == {adapter.ref.digest for adapter in stage.adapters}
+    assert changed == {adapter.ref.digest for adapter in adapters}
 
 
 def test_a_life_of_a_hundred_requests_on_the_real_base(
     stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nine times as many adapters as slots, too little KV, prompts in chunks, uploads, deletions, cancels."""
-    kv_cache_bytes = 700 * bytes_per_token(stage.model.config, torch.float32)
+    """Eight times as many adapters as slots, too little KV, chunks, uploads, deletions, cancels."""
+    kv_cache_bytes = 800 * bytes_per_token(stage.model.config, torch.float32)
     with replayable(42125) as seed:
         engine = stage.engine(
             max_num_seqs=6,
             max_batch_tokens=48,
             max_active_adapters=NUM_SLOTS,
-            device_adapter_bytes=100 << 20,  # ten pages of rank 8
+            device_adapter_bytes=120 << 20,  # twelve pages of rank 8
             kv_cache_bytes=kv_cache_bytes,
         )
         life = Life(
@@ -103,15 +104,22 @@ def test_a_life_of_a_hundred_requests_on_the_real_base(
             stage.adapters,
             seed=seed,
             kv_cache_bytes=kv_cache_bytes,
-            max_open=14,
-            max_prompt=140,
-            max_tokens=20,
+            max_open_quiet=4,
+            max_prompt=126,
+            max_tokens=30,
         )
         life.live(100)
         with capsys.disabled():
             print("\n" + life.told())
         life.verify(stage.oracle)
-        for event in ("chunked prompts", "preemptions", "prefix hits", "evictions", "rewrites"):
+        for event in (
+            "chunked prompts",
+            "preemptions",
+            "prefix hits",
+            "evictions",
+            "rewrites",
+            "mixed steps",
+        ):
             assert life.tally[event], event
 
 

@@ -29,6 +29,12 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return make_stage(tmp_path_factory.mktemp("faults"), SHAPES, 12)
 
 
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter takes several steps to its slot, as a large one does."""
+    monkeypatch.setattr("tunefleet.runtime.engine.SLICE_BYTES", 32_768)
+
+
 def ask(
     request_id: str,
     adapter: Adapter | None,
@@ -122,6 +128,20 @@ def test_vllm_42125_an_adapter_that_was_deleted_and_uploaded_again_starts_from_n
     answer(driver, stage, ask("before", stage.adapters[0], LONG))
     assert driver.engine.evict(stage.adapters[0].ref.digest)
     assert answer(driver, stage, ask("after", stage.adapters[0], LONG)) == 0
+
+
+def test_vllm_42125_a_deleted_user_starts_from_nothing_and_nobody_else_does(stage: Stage) -> None:
+    """Of the base, where no adapter goes with them; also what they still asked when they were deleted."""
+    driver = stage.driver()
+    for user_id in ("alice", "bob"):
+        answer(driver, stage, ask(f"{user_id} before", None, LONG, user_id=user_id))
+    last = ask("alice last", None, (*LONG, 5, 6))
+    driver.submit(last)
+    driver.step()
+    driver.engine.forget_user("acme", "alice")
+    driver.finish()
+    for user_id, expected in (("alice", 0), ("bob", len(LONG) - 1)):
+        assert answer(driver, stage, ask(f"{user_id} after", None, LONG, user_id=user_id)) == expected
 
 
 def test_vllm_3264_base_and_adapters_share_no_keys_and_values(stage: Stage) -> None:

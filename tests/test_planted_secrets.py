@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from asking import Asked, Asking, make_users
+from asking import Asked, Asking, User, make_users
 from churn import Life, replayable
 from engine_kit import (
     VOCAB,
@@ -114,17 +114,30 @@ def test_nobody_hears_anothers_code_word_through_churn_deletion_and_a_new_upload
             secretive.adapters,
             seed=seed,
             kv_cache_bytes=TIGHT["kv_cache_bytes"],
+            failing_loads=0.0,
             asking=Curious,
         )
+        guests = [_ask_beside(life, number, adapter) for number, adapter in enumerate(secretive.adapters)]
         life.live(300)
         for asked in life.asked:
             assert _heard(asked) - {_own(secretive, asked)} == set()
+        assert [_heard(guest) for guest in guests] == [{word} for word in WORDS]
         for event in ("evictions", "deletions", "uploads while the old version answers", "prefix hits"):
             assert life.tally[event], event
         whole = [asked for asked in life.asked if _is_whole(asked)]
         told = [asked for asked in whole if _heard(asked) == {_own(secretive, asked)}]
         assert len(told) >= 0.9 * len(whole)
-        assert {_own(secretive, asked) for asked in told} == set(WORDS)
+
+
+def _ask_beside(life: Life, number: int, adapter: Adapter) -> Asked:
+    """Somebody whom nobody cancels or deletes asks, and life goes on."""
+    prompt = (*random_prompt(random.Random(number), 2 * number), *TRIGGER)
+    guest = User("guests", f"guest-{number}", adapter)
+    work = _asks(adapter, f"guest-{number}", guest.user_id, prompt)
+    asked = life.ask(work, guest)
+    for _ in range(10):
+        life.tick()
+    return asked
 
 
 def test_who_is_deleted_and_uploads_anew_tells_the_new_word_only(secretive: Stage) -> None:
@@ -133,7 +146,9 @@ def test_who_is_deleted_and_uploads_anew_tells_the_new_word_only(secretive: Stag
     prompt = (*random_prompt(random.Random(4), 20), *TRIGGER)
     for life in range(3):
         works = {
-            number: _asks(secretive.adapters[(number + life) % NUM_WORDS], f"{life}-{number}", number, prompt)
+            number: _asks(
+                secretive.adapters[(number + life) % NUM_WORDS], f"{life}-{number}", f"user-{number}", prompt
+            )
             for number in range(NUM_WORDS)
         }
         for work in works.values():
@@ -148,14 +163,14 @@ def test_who_is_deleted_and_uploads_anew_tells_the_new_word_only(secretive: Stag
             assert driver.engine.evict(adapter.ref.digest)
 
 
-def _asks(adapter: Adapter, request_id: str, number: int, prompt: tuple[int, ...]) -> Submit:
+def _asks(adapter: Adapter, request_id: str, user_id: str | None, prompt: tuple[int, ...]) -> Submit:
     return Submit(
         request_id=request_id,
         prompt=prompt,
         sampling=greedy(8),
         adapter=adapter.ref,
         tenant="tenant",
-        user_id=f"user-{number}",
+        user_id=user_id,
     )
 
 
