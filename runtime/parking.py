@@ -15,9 +15,8 @@ from tunefleet.errors import ReplicaError
 from tunefleet.messages import Fork, Forked, Parked, ParkedToHost, ParkFailed, Reaped
 from tunefleet.runtime.wire import Connection
 
-
 ENVIRON = {  # of the parked process and so of its replicas; what is set already stays as it is
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin at a barrier hold up those they wait for, where cores are shared
+    "OMP_WAIT_POLICY": "PASSIVE",  # who spins at a barrier takes the core from whom it waits for
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # weights on huge pages: products are a tenth faster
     "TOKENIZERS_PARALLELISM": "false",
 }
