@@ -194,7 +194,7 @@ class _Owned:
                 manifest,
                 disk_dir=disk_dir,
                 host_dir=default_host_dir(disk_dir, options.host_cache_bytes),
-                dtype=_slot_dtype(options, manifest),
+                dtype=_prepared_dtype(manifest),
                 host_cache_bytes=options.host_cache_bytes,
                 disk_cache_bytes=options.disk_cache_bytes,
             )
@@ -261,10 +261,10 @@ def _difference(ours: HostOptions, theirs: HostOptions) -> str:
     return ", ".join(names)
 
 
-def _slot_dtype(options: HostOptions, manifest: Manifest) -> PreparedDtype:
-    """As ``runtime.engine.slot_dtype``, without torch."""
+def _prepared_dtype(manifest: Manifest) -> PreparedDtype:
+    """The base's own: a slot may be wider, but then the copy widens, and memory holds twice as many."""
     known: dict[str, PreparedDtype] = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
-    return "float32" if options.devices[0] == "cpu" else known[manifest.dtype]
+    return known[manifest.dtype]
 
 
 def main() -> None:
