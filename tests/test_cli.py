@@ -79,7 +79,7 @@ def test_chat_streams_the_users_answer(server: Server) -> None:
     answer = json.loads(
         invoke("chat", "alice", "hello", "--json", "--max-tokens", 3, "--temperature", 0, "--seed", 1).stdout
     )
-    assert (answer["finish_reason"], answer["served"]["adapter_digest"]) == ("length", digest)
+    assert (answer["choices"][0]["finish_reason"], answer["served"]["adapter_digest"]) == ("length", digest)
     sampling = server.kit.dispatcher.submitted[-1].sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.seed) == (3, 0.0, 1)
 

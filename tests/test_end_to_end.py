@@ -137,7 +137,7 @@ def test_the_official_openai_client_works_unchanged(url: str) -> None:
             plain.usage.completion_tokens,
         )
         cached = [usage.prompt_tokens_details.cached_tokens for usage in (plain.usage, again)]
-        assert cached[0] < cached[1] < again.prompt_tokens
+        assert cached[0] <= cached[1] == again.prompt_tokens - 1  # all but what must be computed
         with pytest.raises(openai.NotFoundError) as missing:
             client.chat.completions.create(model="user:nobody", messages=messages)
         assert missing.value.code == "adapter_not_found"

@@ -42,7 +42,9 @@ SUBMIT = Submit(
     generated=(7,),
 )
 STREAM: list[Message] = [SUBMIT, Cancel(request_id="r1"), SUBMIT, Cancel(request_id="")]
-UNIONS = [union for name, union in vars(messages).items() if "To" in name]  # one per direction
+UNIONS = [
+    union for name, union in vars(messages).items() if name.partition("To")[2][:1].isupper()
+]  # one per direction
 DIRECTIONS = [(kind, union) for union in UNIONS for kind in typing.get_args(union) or (union,)]
 
 
@@ -55,6 +57,8 @@ def values(kind: object) -> st.SearchStrategy[object]:
         return st.sampled_from(args)
     if origin is tuple and args[-1] is ...:
         return st.lists(values(args[0]), max_size=4).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(values, args))
     if origin is dict:
         return st.dictionaries(values(args[0]), values(args[1]), max_size=4)
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
