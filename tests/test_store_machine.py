@@ -42,7 +42,7 @@ from tunefleet.messages import Forgotten, HeldAdapter
 
 SHM = Path("/dev/shm")
 NUM_BYTES = 4  # different adapters
-MAX_DISK, MAX_HOST = 3 * 5000, 2 * 2900
+MAX_DISK, MAX_HOST = 3 * 5000, 2 * 7900  # three adapters as uploaded, two prepared
 SESSIONS = ("s1", "s2", "s3")
 MINUTE_S = 60.0
 
