@@ -16,7 +16,7 @@ from tunefleet.messages import Fork, Forked, Parked, ParkedToHost, ParkFailed, R
 from tunefleet.runtime.wire import Connection
 
 ENVIRON = {  # of the parked process and so of its replicas; what is set already stays as it is
-    "GOMP_SPINCOUNT": "5000",  # tens of microseconds: who spins longer at a barrier robs whom it waits for
+    "GOMP_SPINCOUNT": "10000",  # a moment: who spins longer at a barrier may rob whom it waits for
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # weights on huge pages: products are a tenth faster
     "TOKENIZERS_PARALLELISM": "false",
 }
