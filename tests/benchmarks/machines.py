@@ -109,8 +109,9 @@ class MachineClient:
         for ref in refs:
             await self.machine.prefetch(ref, "host")
         wanted = {ref.digest for ref in refs}
-        while not wanted <= (await self.machine.status()).host_tier.keys():
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(600):  # what doesn't fit is only logged by the host process
+            while not wanted <= (await self.machine.status()).host_tier.keys():
+                await asyncio.sleep(0.1)
 
     async def touch(self, refs: Sequence[AdapterRef]) -> None:
         """One token from each: afterwards all of them that fit are in slots."""
