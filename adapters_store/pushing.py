@@ -205,9 +205,8 @@ class Pushing:
     def _mend(self, added: Added, checked: CheckedAdapter, folder: Path) -> None:
         """Who uploads a version's bytes again also heals the store's copy, if that was lost or changed."""
         record = added.record
-        theirs = {CONFIG_FILE: record.config_sha256, WEIGHTS_FILE: record.weights_sha256}
         ours = _sha256s(checked)
-        same = {file: sha256 for file, sha256 in theirs.items() if ours[file] == sha256}
+        same = {file: sha256 for file, sha256 in _sha256s(record).items() if ours[file] == sha256}
 
         def is_wanted() -> bool:
             return bool(self._catalog.referenced([record.object_key]))
@@ -244,8 +243,8 @@ def _repeatedly(interval_s: float, work: Callable[[], object]) -> Iterator[None]
         thread.join()
 
 
-def _sha256s(checked: CheckedAdapter) -> dict[str, str]:
-    return {CONFIG_FILE: checked.config_sha256, WEIGHTS_FILE: checked.weights_sha256}
+def _sha256s(adapter: CheckedAdapter | NewVersion) -> dict[str, str]:
+    return {CONFIG_FILE: adapter.config_sha256, WEIGHTS_FILE: adapter.weights_sha256}
 
 
 def _new_version(checked: CheckedAdapter, key: str, metadata: dict[str, object]) -> NewVersion:

@@ -131,6 +131,8 @@ class Scheduler:
             loaded: digests whose prepared file is at hand, so that a slot could be filled now.
         """
         self._line.files_at_hand(loaded)
+        if not loaded:
+            return None
         kept = {sequence.digest for sequence in self.waiting if sequence.digest is not None}
         refused: set[int] = set()  # rank classes
         for sequence in self._line.order():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -25,6 +25,14 @@ MAX_IDLE_STEPS = 300  # without any news: somebody would wait for ever
 MIN_MIXED = 3  # adapters in a step that counts as mixed
 SEASON = 30  # acts; some seasons are quiet, so that what ended sequences left isn't pushed out at once
 
+COMMON_EVENTS = (
+    "chunked prompts",
+    "preemptions",
+    "prefix hits",
+    "evictions",
+    "rewrites",
+    "mixed steps",
+)  # that even a short life meets
 EVENTS = (
     "requests",
     "requests beside their twins",
@@ -181,6 +189,10 @@ class Life(Driver):
                 oracle.check_logprobs(asked.work, asked.answer)
             if not asked.cancelled:
                 _check_end(asked)
+
+    def check_met(self, events: Iterable[str]) -> None:
+        """Asserts that each of these happened."""
+        assert [event for event in events if not self.tally[event]] == []
 
     def told(self) -> str:
         """How often what happened, a line each."""

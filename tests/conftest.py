@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from starlette.testclient import TestClient
+
     from catalog_kit import Clock
     from postgres_server import PostgresServer
+    from router_kit import Kit, Server
     from s3_servers import S3Server
     from tunefleet.adapters_store.catalog import Catalog
 
@@ -33,6 +36,34 @@ def pytest_configure(config: pytest.Config) -> None:
 def anyio_backend() -> str:
     """Tests that are coroutines run on asyncio, which is all that we run on."""
     return "asyncio"
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Kit:
+    """A router's parts, with a dispatcher that answers without an engine."""
+    from router_kit import Kit
+
+    return Kit(tmp_path)
+
+
+@pytest.fixture
+def client(kit: Kit) -> Iterator[TestClient]:
+    """Of the kit's API, in this process."""
+    from router_kit import api
+
+    with api(kit) as client:
+        yield client
+
+
+@pytest.fixture
+def server(kit: Kit) -> Iterator[Server]:
+    """The kit's API on a port; everybody is let in."""
+    from router_kit import Server, serving
+    from tunefleet.auth import anyone
+    from tunefleet.http.app import create_app
+
+    with serving(create_app(kit.fleet(), anyone, with_lifespan=True)) as url:
+        yield Server(kit, url)
 
 
 @pytest.fixture(scope="session")

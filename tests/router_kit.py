@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import httpx2
 import tokenizers
@@ -155,6 +155,13 @@ def events(text: str) -> list[Any]:
     assert all(block.startswith("data: ") for block in blocks)
     assert blocks.pop() == "data: [DONE]"
     return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+class Server(NamedTuple):
+    """A kit's API on a port of its own."""
+
+    kit: Kit
+    url: str
 
 
 @contextlib.contextmanager

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import pytest
 from starlette.testclient import TestClient
 
-from router_kit import HELLO, Kit, api, ask, code, events, run_async, serving
+from router_kit import HELLO, Kit, Server, ask, code, events, run_async
 from tunefleet import Client
 from tunefleet.answers import Answer
 from tunefleet.asking import Asking
-from tunefleet.auth import anyone
-from tunefleet.http.app import create_app
-
-
-@pytest.fixture
-def kit(tmp_path: Path) -> Kit:
-    return Kit(tmp_path)
-
-
-@pytest.fixture
-def client(kit: Kit) -> Iterator[TestClient]:
-    with api(kit) as client:
-        yield client
-
 
 HALF = -math.log(2)  # of the fake's tokens; what comes after is half as likely each time
 
@@ -125,18 +110,6 @@ def test_too_many_choices_are_refused_with_the_limit(
     response = client.post(f"/v1/{route}", json={**prompt, **field})
     assert code(response) == (400, "invalid_request")
     assert (response.json()["error"]["param"], limit in response.json()["error"]["message"]) == ("n", True)
-
-
-class Server(NamedTuple):
-    kit: Kit
-    url: str
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    kit = Kit(tmp_path)
-    with serving(create_app(kit.fleet(), anyone, with_lifespan=True)) as url:
-        yield Server(kit, url)
 
 
 LOGPROBS: dict[str, Asking] = {

@@ -11,7 +11,7 @@ import random
 import pytest
 
 from asking import User, make_users
-from churn import EVENTS, Life, replayable
+from churn import COMMON_EVENTS, EVENTS, Life, replayable
 from engine_kit import Stage, greedy, make_stage, random_prompt
 from test_engine import SHAPES
 from tunefleet.core import SamplingParams
@@ -57,15 +57,7 @@ def test_everybodys_tokens_are_their_own_adapters_whatever_happens(town: Stage) 
         life = new_life(town, seed)
         life.live(150)
         life.verify(town.oracle)
-        for event in (
-            "chunked prompts",
-            "preemptions",
-            "prefix hits",
-            "evictions",
-            "rewrites",
-            "mixed steps",
-        ):
-            assert life.tally[event], event
+        life.check_met(COMMON_EVENTS)
 
 
 @pytest.mark.slow
@@ -79,7 +71,7 @@ def test_a_long_life_meets_everything_that_can_happen(
         with capsys.disabled():
             print("\n" + life.told())
         life.verify(town.oracle)
-        assert [event for event in EVENTS if not life.tally[event]] == []
+        life.check_met(EVENTS)
         assert life.tally["prefix hits"] > 100
 
 

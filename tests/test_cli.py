@@ -10,9 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx2
 import pytest
@@ -20,25 +18,17 @@ from typer.testing import CliRunner, Result
 
 from adapter_factory import adapter_files
 from cli_kit import run_main
-from router_kit import Kit, serving
-from tunefleet.auth import anyone
+from router_kit import Server
 from tunefleet.cli import main
 from tunefleet.config import Options
 from tunefleet.errors import TunefleetError
-from tunefleet.http.app import create_app
-
-
-class Server(NamedTuple):
-    kit: Kit
-    url: str
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    kit = Kit(tmp_path)
-    with serving(create_app(kit.fleet(), anyone, with_lifespan=True)) as url:
-        monkeypatch.setenv("TUNEFLEET_URL", url)
-        yield Server(kit, url)
+def server(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """Where commands look for it."""
+    monkeypatch.setenv("TUNEFLEET_URL", server.url)
+    return server
 
 
 def invoke(*arguments: object, stdin: str | None = None) -> Result:

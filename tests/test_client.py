@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from adapter_factory import adapter_files
-from router_kit import HELLO, Kit, run_async, serving, stored
+from router_kit import HELLO, Kit, Server, run_async, serving, stored
 from tunefleet import AsyncClient, Client, Fleet
 from tunefleet.answers import Chunk
 from tunefleet.async_client import AsyncClientAdapters
@@ -37,18 +35,6 @@ from tunefleet.fleet_adapters import FleetAdapters
 from tunefleet.http.app import create_app
 from tunefleet.replies import EventReader
 from tunefleet.runtime.fakes import FakeDispatcher
-
-
-class Server(NamedTuple):
-    kit: Kit
-    url: str
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    kit = Kit(tmp_path)
-    with serving(create_app(kit.fleet(), anyone, with_lifespan=True)) as url:
-        yield Server(kit, url)
 
 
 def test_the_blocking_client_does_all_that_the_library_does(server: Server) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asking import make_users
-from churn import Life, replayable
+from churn import COMMON_EVENTS, Life, replayable
 from engine_kit import (
     Driver,
     Oracle,
@@ -112,15 +112,7 @@ def test_a_life_of_a_hundred_requests_on_the_real_base(
         with capsys.disabled():
             print("\n" + life.told())
         life.verify(stage.oracle)
-        for event in (
-            "chunked prompts",
-            "preemptions",
-            "prefix hits",
-            "evictions",
-            "rewrites",
-            "mixed steps",
-        ):
-            assert life.tally[event], event
+        life.check_met(COMMON_EVENTS)
 
 
 def test_bf16_agrees_with_fp32_on_most_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
@@ -27,17 +26,6 @@ from tunefleet.messages import Progress, Submit
 from tunefleet.runtime.fakes import FakeDispatcher, FakeRun
 
 STAGES = ("queue", "wake", "download", "load", "activate", "prefill", "first_token")
-
-
-@pytest.fixture
-def kit(tmp_path: Path) -> Kit:
-    return Kit(tmp_path)
-
-
-@pytest.fixture
-def client(kit: Kit) -> Iterator[TestClient]:
-    with api(kit) as client:
-        yield client
 
 
 def test_a_chat_has_openais_shape_and_our_headers(kit: Kit, client: TestClient) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +13,6 @@ from router_kit import Kit, api, ask, code, upload
 
 URL = "/v1/users/alice/adapter"
 NAMED = "/v1/users/alice/adapters/poems"
-
-
-@pytest.fixture
-def kit(tmp_path: Path) -> Kit:
-    return Kit(tmp_path)
 
 
 @pytest.fixture

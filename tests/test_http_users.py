@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message
 
-from router_kit import HELLO, Kit, api, ask, code, run_async, sent_by, stored, upload
+from router_kit import HELLO, Kit, ask, code, run_async, sent_by, stored, upload
 from tunefleet.auth import anyone
 from tunefleet.errors import AdapterNotFound
 from tunefleet.fleet import Fleet
@@ -22,17 +22,6 @@ from tunefleet.http.app import create_app
 
 USER = "/v1/users/alice"
 URL = f"{USER}/adapter"
-
-
-@pytest.fixture
-def kit(tmp_path: Path) -> Kit:
-    return Kit(tmp_path)
-
-
-@pytest.fixture
-def client(kit: Kit) -> Iterator[TestClient]:
-    with api(kit) as client:
-        yield client
 
 
 def test_settings_stay_unless_given_and_null_takes_them_away(kit: Kit, client: TestClient) -> None:

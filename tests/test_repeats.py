@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,12 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from router_kit import Kit, api, code, stored, upload
+from router_kit import Kit, code, stored, upload
 from tunefleet.adapters_store.catalog import AdapterName, Catalog, NewVersion
 from tunefleet.adapters_store.repeats import KEEP, upload_key
 from tunefleet.errors import AdapterConflict
 
 URL = "/v1/users/alice/adapter"
-
-
-@pytest.fixture
-def kit(tmp_path: Path) -> Kit:
-    return Kit(tmp_path)
-
-
-@pytest.fixture
-def client(kit: Kit) -> Iterator[TestClient]:
-    with api(kit) as client:
-        yield client
 
 
 def keyed(client: TestClient, path: Path, url: str = URL, *, key: str = "k1", **headers: str) -> Any:
