@@ -23,7 +23,7 @@ from tunefleet.adapters_store.repeats import upload_key
 from tunefleet.errors import ConfigError, StoreError
 
 TESTS = Path(__file__).parent
-MIGRATIONS = TESTS.parent / "adapters_store" / "migrations"
+MIGRATIONS = Path(revisions.__file__).parent / "migrations"
 FIRST_RELEASE = TESTS / "catalogs" / "before_migrations.sql"  # made by that release
 
 
