@@ -51,6 +51,7 @@ def run(bench: Bench, families: Mapping[str, Family], out: Path) -> int:
     """Measures these families, one after another; what one fails with keeps no other from being measured."""
     print(_head(bench), flush=True)
     block_mb = bench.size(512, 8)
+    stem = f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}-{report.commit() or 'nocommit'}"
     measured: list[limits.Limits] = []
     found: dict[str, list[Figure]] = {}
     failures: dict[str, str] = {}
@@ -64,9 +65,13 @@ def run(bench: Bench, families: Mapping[str, Family], out: Path) -> int:
             failures[name] = traceback.format_exc()
         seconds[name] = time.monotonic() - started
         print(f"  {name}: {seconds[name]:.0f} s", flush=True)
+        _write(report.as_json(bench, found, seconds, failures), out / f"{stem}.json")  # however the rest ends
     found = {"machine": list(limits.figures([*measured, limits.measure(block_mb)])), **found}
     print(f"\n{report.table(found)}\n")
-    _write(report.as_json(bench, found, seconds, failures), found, out)
+    _write(report.as_json(bench, found, seconds, failures), out / f"{stem}.json")
+    for name, figures in found.items():
+        plot(name, figures, out / f"{stem}-{name}.png")
+    print(f"written: {out / stem}.json, and a picture per family beside it")
     for name in report.missed(found):
         print(f"NOT REACHED: {name}")
     for name, trace in failures.items():
@@ -95,14 +100,9 @@ def _head(bench: Bench) -> str:
     )
 
 
-def _write(as_json: str, families: Mapping[str, Sequence[Figure]], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    stem = f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}-{report.commit() or 'nocommit'}"
-    written = out / f"{stem}.json"
-    written.write_text(as_json)
-    for name, figures in families.items():
-        plot(name, figures, out / f"{stem}-{name}.png")
-    print(f"written: {written}, and a picture per family beside it")
+def _write(text: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 if __name__ == "__main__":
