@@ -11,7 +11,8 @@ from tunefleet.runtime.banks import Banks, Filling, Prepared, map_prepared
 from tunefleet.runtime.scheduler import Scheduler
 from tunefleet.runtime.slots import Activation
 
-SLICE_BYTES = 4 << 20  # of a prepared file per step, while sequences run: milliseconds of their pace
+SLICE_BYTES = 8 << 20  # of prepared files per step, while sequences run: milliseconds of their pace
+MAX_SLICES = 4  # in one step, where more would run than do
 
 
 class _Loaded(NamedTuple):

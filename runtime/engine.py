@@ -19,7 +19,7 @@ from torch import nn
 from tunefleet.core import AdapterRef, FinishReason, Manifest
 from tunefleet.errors import AdapterLoadFailed
 from tunefleet.messages import Progress, Submit, TokenLogprob
-from tunefleet.runtime.activations import SLICE_BYTES, Activations
+from tunefleet.runtime.activations import MAX_SLICES, SLICE_BYTES, Activations
 from tunefleet.runtime.banks import Banks, slot_dtype
 from tunefleet.runtime.batch import Runner
 from tunefleet.runtime.kv import KvRows, bytes_per_token
@@ -171,7 +171,7 @@ class Engine:
     def step(self) -> list[Progress]:
         """Runs one step; what it did, per sequence. Empty when nothing can run now."""
         self._activations.forget_unwanted()
-        self._activations.advance(SLICE_BYTES if self.scheduler.running else None)
+        self._activations.advance(self._slice_bytes())
         while (sequence := self.scheduler.join()) is not None:
             sequence.admitted_at = sequence.admitted_at or self._clock()
         batch = self.scheduler.schedule()
@@ -191,6 +191,14 @@ class Engine:
     def check(self) -> None:
         """Asserts that scheduler, slots and rows agree."""
         self.scheduler.check()
+
+    def _slice_bytes(self) -> int | None:
+        """How much of adapters to copy before this step: more where few run and many would."""
+        num_running = len(self.scheduler.running)
+        if not num_running:
+            return None
+        num_idle = min(self._limits.max_num_seqs - num_running, len(self.scheduler.waiting))
+        return SLICE_BYTES * min(max(1, num_idle // num_running), MAX_SLICES)
 
     def _run(self, scheduled: list[Scheduled]) -> dict[str, _Choice]:
         """Tokens by request id. Sequences that can't go on are ended, and nobody else.
