@@ -129,7 +129,11 @@ class Status(Message, frozen=True):
 
 # router -> replica
 class Submit(Message, frozen=True):
-    """One sequence to run. ``generated`` holds tokens that an earlier replica made, sent on already."""
+    """One sequence to run. ``generated`` holds tokens that an earlier replica made, sent on already.
+
+    ``suspect``: a replica ended in a step that it was in. It is computed alone until it has a new token, and
+    a Trial says when.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
@@ -138,6 +142,7 @@ class Submit(Message, frozen=True):
     generated: tuple[int, ...] = ()
     tenant: str = DEFAULT_TENANT
     user_id: str | None = None  # None: the tenant itself asks the base
+    suspect: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -194,6 +199,15 @@ class Step(Message, frozen=True):
 
 class Rejected(Message, frozen=True):
     """The replica takes nothing new (it drains): place the request elsewhere."""
+
+    request_id: str
+
+
+class Trial(Message, frozen=True):
+    """From now on only this suspect is computed; "": that is over. If the replica ends in between, it did it.
+
+    Every router of the replica hears of it, before anything is computed.
+    """
 
     request_id: str
 
@@ -301,7 +315,7 @@ class ParkFailed(Message, frozen=True):
 RouterToHost = Hello | Wake | Forget | Hold | Prefetch | StatusRequest
 HostToRouter = Welcome | Refused | Replicas | WakeFailed | Forgotten | Status
 RouterToReplica = Submit | Cancel | ForgetUser
-ReplicaToRouter = Step | Rejected
+ReplicaToRouter = Step | Rejected | Trial
 ReplicaToHost = ReplicaHello | ReplicaReady | ReplicaLoad | FetchAdapter | AdapterMapped | Evicted
 HostToReplica = Drain | AdapterReady | AdapterUnavailable | Evict
 HostToParked = Fork
