@@ -52,6 +52,12 @@ class Wake(Message, frozen=True):
     request_id: str
 
 
+class Unheld(Message, frozen=True):
+    """A request waits no more: it has a replica, or was given up."""
+
+    request_id: str
+
+
 class Forget(Message, frozen=True):
     """Drop every copy of an adapter on this machine (it was deleted). Answered by Forgotten."""
 
@@ -312,7 +318,7 @@ class ParkFailed(Message, frozen=True):
     message: str
 
 
-RouterToHost = Hello | Wake | Forget | Hold | Prefetch | StatusRequest
+RouterToHost = Hello | Wake | Unheld | Forget | Hold | Prefetch | StatusRequest
 HostToRouter = Welcome | Refused | Replicas | WakeFailed | Forgotten | Status
 RouterToReplica = Submit | Cancel | ForgetUser
 ReplicaToRouter = Step | Rejected | Trial

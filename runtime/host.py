@@ -42,6 +42,7 @@ from tunefleet.messages import (
     RouterToHost,
     Status,
     StatusRequest,
+    Unheld,
     Wake,
     WakeFailed,
     Welcome,
@@ -110,6 +111,9 @@ class HostProcess:
         match message:
             case Wake():
                 owned.held[message.request_id] = router
+                owned.supervisor.scale()
+            case Unheld():
+                owned.held.pop(message.request_id, None)
                 owned.supervisor.scale()
             case StatusRequest():
                 router.send(owned.status())
