@@ -53,7 +53,7 @@ class DiskTier(Copies):
         return incoming
 
     def verified(self, ref: AdapterRef, manifest: Manifest) -> CheckedAdapter:
-        """Reads a copy whole: it is what was uploaded, and fits the base; blocking.
+        """Reads a copy whole: it is what was uploaded (and looked through then), and fits the base; blocking.
 
         Raises:
             CopyCorrupt: it is something else.
@@ -65,7 +65,7 @@ class DiskTier(Copies):
             raise CopyCorrupt(f"its digest is {identity.digest[:12]}")
         with contextlib.suppress(OSError):
             os.utime(folder)  # the order of use, for the next process
-        return check_tensors(folder, identity, manifest, max_rank=ref.rank)
+        return check_tensors(folder, identity, manifest, max_rank=ref.rank, is_known=True)
 
     async def quarantine(self, digest: str) -> None:
         """Moves a bad copy out of the tier, for an operator to look at."""

@@ -112,9 +112,17 @@ def _slot_pieces(
     for path, kind, features in layout.matrices:
         plan = checked.modules.get(path)
         if plan is not None:
-            yield _stored(_values(tensors, plan, kind), dtype).data
+            yield _matrix(tensors, plan, kind, dtype)
         num_rows = rank_class - (plan.rank if plan else 0)
         yield bytes(num_rows * features * _ITEM_BYTES[dtype])
+
+
+def _matrix(
+    tensors: TensorFile, plan: ModulePlan, kind: Literal["A", "B"], dtype: PreparedDtype
+) -> bytes | memoryview:
+    if kind == "A" and tensors.entries[plan.lora_a].dtype == _NAMES[dtype]:
+        return tensors.stored(plan.lora_a)
+    return _stored(_values(tensors, plan, kind), dtype).data
 
 
 def _values(tensors: TensorFile, plan: ModulePlan, kind: Literal["A", "B"]) -> Float32Array:

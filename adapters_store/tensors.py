@@ -68,6 +68,11 @@ class TensorFile:
         entry = self.entries[name]
         return self._read(entry, entry.start, math.prod(entry.shape)).reshape(entry.shape)
 
+    def stored(self, name: str) -> bytes:
+        """The whole tensor as it lies in the file."""
+        entry = self.entries[name]
+        return _pread(self._fd, entry.start, entry.end - entry.start)
+
     def rows(self, name: str) -> Iterator[tuple[int, Float32Array]]:
         """``(index of the first row, [rows, last dimension])``, of about ``CHUNK_BYTES`` each."""
         entry = self.entries[name]
