@@ -12,6 +12,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's OpenBLAS starts a thread at import otherwise
 
+import contextlib
 import gc
 import select
 import signal
@@ -19,13 +20,14 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from tunefleet.core import Manifest
-from tunefleet.errors import InvalidState, TunefleetError
-from tunefleet.messages import Fork, Forked, Parked, ParkFailed, Reaped
+from tunefleet.errors import TunefleetError
+from tunefleet.messages import Fork, Forked, ForkRefused, Parked, ParkFailed, Reaped
 from tunefleet.runtime import replica
 from tunefleet.runtime.base import read_manifest
 from tunefleet.runtime.model import load_model
@@ -59,16 +61,31 @@ class ParkedProcess:
 
     def _fork(self, message: Fork) -> None:
         if num_threads() != 1:
-            raise InvalidState(f"the parked process has {num_threads()} threads; forking it is not safe")
+            self._refuse(message, f"the parked process has {num_threads()} threads; forking it is not safe")
+            return
         started = time.time()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._refuse(message, f"the parked process can't fork: {error.strerror}")
+            return
         if pid == 0:
+            self._become(message, started)
+        self._children[pid] = message.replica_id
+        self._link.send(Forked(replica_id=message.replica_id, pid=pid))
+
+    def _refuse(self, message: Fork, reason: str) -> None:
+        self._link.send(ForkRefused(replica_id=message.replica_id, reason=reason))
+
+    def _become(self, message: Fork, started: float) -> NoReturn:
+        """In the child: it must never go on as a second parked process."""
+        try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._link.close()
             replica.main(self._model, self._manifest, message, started)
-        self._children[pid] = message.replica_id
-        self._link.send(Forked(replica_id=message.replica_id, pid=pid))
+        finally:
+            os._exit(1)
 
     def _reap(self) -> None:
         for pid in list(self._children):
@@ -87,9 +104,13 @@ def num_threads() -> int:
 
 
 def main() -> None:
-    started = time.monotonic()
     link: BlockingLink[Fork] = BlockingLink(socket.socket(fileno=int(sys.argv[1])), Fork)
-    base_dir = Path(sys.argv[2])
+    with contextlib.suppress(ConnectionError):  # the host process is gone, and with it the need for this one
+        _park(link, Path(sys.argv[2]))
+
+
+def _park(link: BlockingLink[Fork], base_dir: Path) -> None:
+    started = time.monotonic()
     torch.set_num_threads(1)
     try:
         manifest = read_manifest(base_dir)

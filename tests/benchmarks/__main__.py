@@ -21,7 +21,7 @@ from tests.benchmarks.figures import Family, Figure
 from tests.benchmarks.plots import plot
 from transformers.utils import logging
 
-from tunefleet.runtime.parking import ENVIRON
+from tunefleet.runtime.environ import ENVIRON
 
 OUT = Path("build/bench")
 _DURATION = "All of it takes about 25 minutes on 2 cores."
