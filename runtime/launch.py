@@ -14,21 +14,24 @@ START_TIMEOUT_S = 30.0
 _started: set[int] = set()  # pids of host processes that we started; they outlive us
 
 
-def ensure_host(folder: Path, state: Path, log: Path) -> None:
-    """Returns when a host process holds the lock of ``folder``, or one that was started has given up."""
+def ensure_host(folder: Path, state: Path, log: Path) -> bool:
+    """Returns when a host process holds the lock of ``folder``; False: one that was started has given up."""
     with (folder / "start.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _reap()
         if _is_locked(folder / "host.lock"):
-            return
+            return True
         state.mkdir(parents=True, exist_ok=True)
         pid = _spawn([sys.executable, "-m", "tunefleet.runtime.host", str(state)], log)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not _is_locked(folder / "host.lock") and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if _is_locked(folder / "host.lock"):
+                return True
             _reap()
             if pid not in _started:
-                return
+                break
             time.sleep(0.01)
+        return False
 
 
 def _spawn(command: list[str], log: Path) -> int:

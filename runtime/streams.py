@@ -6,157 +6,184 @@ A run outlives its replica: it goes on at another one, from the tokens already g
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import enum
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 
-from tunefleet.core import FinishReason
+from tunefleet.core import FinishReason, ReplicaInfo
 from tunefleet.errors import AdapterLoadFailed, CapacityError, ReplicaError, TunefleetError
-from tunefleet.messages import Cancel, ForgetUser, Progress, Rejected, ReplicaToRouter, Step, Submit
-from tunefleet.runtime.placement import choose
+from tunefleet.messages import Cancel, ForgetUser, Progress, Rejected, ReplicaToRouter, Step, Submit, Trial
+from tunefleet.runtime.addresses import dial
+from tunefleet.runtime.losses import Loss, Losses
+from tunefleet.runtime.placing import Placed, Placing
 from tunefleet.runtime.wire import Connection
 
-if TYPE_CHECKING:
-    from tunefleet.runtime.machine import Machine
 
-MAX_REPLICA_LOSSES = 2  # a request that outlives so many replicas may be what ends them
-_LOST = object()  # in a run's queue: its replica is gone
-_CLOSED = object()  # in a run's queue: nobody wants the rest
+class Elsewhere(enum.Enum):
+    """Why a replica hasn't begun with a request, which is nobody's fault."""
+
+    REJECTED = "it takes nothing new"
+    CLOSED = "the channel was closed before"
+    CANCELLED = "nobody wants the rest"
+
+
+News = Progress | Loss | Elsewhere
 
 
 class Channel:
     """A connection to one replica, shared by all of a router's runs on it."""
 
     def __init__(self, on_close: Callable[[], object]) -> None:
-        self._connection: Connection[ReplicaToRouter] | None = None
-        self._queues: dict[str, asyncio.Queue[object]] = {}
+        self._connection = Connection[ReplicaToRouter](ReplicaToRouter, self._on_message, self._on_close)
+        self._queues: dict[str, asyncio.Queue[News]] = {}
         self._on_closed = on_close
+        self._on_trial = ""  # the request that alone is being computed, whoever's it is
 
     async def open(self, address: str) -> None:
-        _, self._connection = await asyncio.get_running_loop().create_unix_connection(
-            lambda: Connection[ReplicaToRouter](ReplicaToRouter, self._on_message, self._on_close), address
-        )
+        await dial(address, self._connection)
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        self._connection.close()
 
-    def submit(self, work: Submit) -> asyncio.Queue[object]:
-        """The queue gets Progress items, Rejected, or ``_LOST``."""
-        queue: asyncio.Queue[object] = asyncio.Queue()
-        if self._connection is None or not self._connection.is_open:
-            queue.put_nowait(_LOST)
-        else:
+    def submit(self, work: Submit) -> asyncio.Queue[News]:
+        """The news of a sequence, up to its last Progress or whatever else ends its time here."""
+        queue: asyncio.Queue[News] = asyncio.Queue()
+        if self._connection.is_open:
             self._queues[work.request_id] = queue
             self._connection.send(work)
+        else:
+            queue.put_nowait(Elsewhere.CLOSED)
         return queue
 
     def leave(self, request_id: str, *, cancel: bool) -> None:
-        if self._queues.pop(request_id, None) is not None and cancel and self._connection is not None:
+        if self._queues.pop(request_id, None) is not None and cancel:
             self._connection.send(Cancel(request_id=request_id))
 
     def forget_user(self, tenant: str, user_id: str) -> None:
         """Behind all that was submitted and cancelled on this connection before."""
-        if self._connection is not None and self._connection.is_open:
-            self._connection.send(ForgetUser(tenant=tenant, user_id=user_id))
+        self._connection.send(ForgetUser(tenant=tenant, user_id=user_id))
 
     def _on_message(self, _: Connection[ReplicaToRouter], message: ReplicaToRouter) -> None:
-        if isinstance(message, Rejected):
-            self._put(message.request_id, message)
-        elif isinstance(message, Step):
-            for progress in message.items:
-                self._put(progress.request_id, progress)
+        match message:
+            case Step():
+                for progress in message.items:
+                    self._put(progress.request_id, progress)
+            case Rejected():
+                self._put(message.request_id, Elsewhere.REJECTED)
+            case Trial():
+                self._on_trial = message.request_id
 
-    def _put(self, request_id: str, item: object) -> None:
+    def _put(self, request_id: str, news: News) -> None:
         queue = self._queues.get(request_id)
         if queue is not None:
-            queue.put_nowait(item)
+            queue.put_nowait(news)
 
     def _on_close(self, _: Connection[ReplicaToRouter]) -> None:
         self._on_closed()
-        for queue in self._queues.values():
-            queue.put_nowait(_LOST)
+        for request_id, queue in self._queues.items():
+            queue.put_nowait(self._loss_of(request_id))
         self._queues.clear()
+
+    def _loss_of(self, request_id: str) -> Loss:
+        if not self._on_trial:
+            return Loss.TOGETHER
+        return Loss.ALONE if request_id == self._on_trial else Loss.BESIDE
+
+
+class Channels(Protocol):
+    """Where a run finds the channel of its replica; the machine."""
+
+    async def channel(self, replica: ReplicaInfo) -> Channel:
+        """Raises OSError when the replica can't be reached."""
+        ...
 
 
 class MachineRun:
     """One sequence, on one replica after another if need be; see ``dispatch.Run``."""
 
-    def __init__(self, machine: Machine, work: Submit) -> None:
+    def __init__(self, placing: Placing, channels: Channels, work: Submit) -> None:
         self.wake_s = 0.0
         self.cold_base = False
         self.replica_id = ""
-        self._machine = machine
+        self._placing = placing
+        self._channels = channels
         self._work = work
         self._generated: list[int] = list(work.generated)
+        self._losses = Losses()
+        self._placed: Placed | None = None
         self._channel: Channel | None = None
-        self._queue: asyncio.Queue[object] | None = None
+        self._queue: asyncio.Queue[News] = asyncio.Queue()
         self._finished = False
 
     async def __aiter__(self) -> AsyncIterator[Progress]:
-        num_losses = 0
+        self.cold_base = not self._placing.is_ready
         try:
             while not self._finished:
-                queue = self._queue = await self._place()
-                while not self._finished:
-                    item = await queue.get()
-                    if isinstance(item, Progress):
-                        yield self._take(item)
-                    else:
-                        num_losses += item is _LOST
-                        self._machine.disregard(self.replica_id)
-                        self._leave(cancel=False)
-                        break
-                if num_losses > MAX_REPLICA_LOSSES:
-                    raise ReplicaError(
-                        f"the request was running when {num_losses} replicas ended; it is not tried again",
-                        code="replica_lost",
-                    )
+                await self._move()
+                while isinstance(news := await self._queue.get(), Progress):
+                    yield self._take(news)
+                    if self._finished:
+                        return
+                self._lose(news)
         finally:
             self._leave(cancel=not self._finished)
 
     async def aclose(self) -> None:
         self._leave(cancel=not self._finished)
         self._finished = True
-        if self._queue is not None:
-            self._queue.put_nowait(_CLOSED)
+        self._queue.put_nowait(Elsewhere.CANCELLED)
 
-    async def _place(self) -> asyncio.Queue[object]:
+    async def _move(self) -> None:
         """Hands the sequence to a replica, with what earlier ones generated."""
         started = time.monotonic()
-        digest = self._work.adapter.digest if self._work.adapter else None
         is_first = not self.replica_id
-        if is_first:
-            self.cold_base = choose(self._machine.replicas, digest) is None
-        while True:
-            replica = await self._machine.place(self._work.request_id, digest)
-            with contextlib.suppress(OSError):
-                self._channel = await self._machine.channel(replica)
-                break
-        self.replica_id = replica.replica_id
-        if is_first and self.cold_base:
+        digest = self._work.adapter.digest if self._work.adapter else None
+        while self._channel is None:
+            placed = self._placed = await self._placing.place(self._work.request_id, digest)
+            try:
+                self._channel = await self._channels.channel(placed.replica)
+            except OSError:
+                self._leave(cancel=False)
+        self.replica_id = placed.replica.replica_id
+        if is_first and placed.was_held:
             self.wake_s = time.monotonic() - started
-        return self._channel.submit(_with_generated(self._work, self._generated))
+        if not self._finished:  # else it was closed meanwhile
+            self._queue = self._channel.submit(self._continued())
+
+    def _continued(self) -> Submit:
+        return msgspec.structs.replace(
+            self._work, generated=tuple(self._generated), suspect=self._losses.is_suspect
+        )
 
     def _take(self, progress: Progress) -> Progress:
         if progress.finish_reason is FinishReason.ERROR:
             self._finished = True
             raise _error(progress)
-        self._generated += progress.tokens
+        if progress.tokens:
+            self._generated += progress.tokens
+            self._losses.clear()
         self._finished = progress.finish_reason is not None
         return progress
 
+    def _lose(self, news: Loss | Elsewhere) -> None:
+        """The replica is gone, or takes nothing any more."""
+        if news is not Elsewhere.CANCELLED:
+            self._placing.disregard(self.replica_id)
+        self._leave(cancel=False)
+        if isinstance(news, Loss):
+            self._losses.note(news)
+
     def _leave(self, *, cancel: bool) -> None:
+        """Gives the place back; safe to call again."""
         if self._channel is not None:
             self._channel.leave(self._work.request_id, cancel=cancel)
             self._channel = None
-
-
-def _with_generated(work: Submit, generated: list[int]) -> Submit:
-    return msgspec.structs.replace(work, generated=tuple(generated))
+        if self._placed is not None:
+            placed, self._placed = self._placed, None
+            self._placing.release(placed)
 
 
 def _error(progress: Progress) -> TunefleetError:
