@@ -74,11 +74,13 @@ class LocalLink:
             self._rejoining.cancel()
         if self._host is not None:
             self._host.close()
-        self._fail_placing(ReplicaError("this router is closing", code="host_unavailable"))
+        self._fail_placing(_closing())
         await asyncio.sleep(0)
 
     async def place(self, request_id: str) -> None:
         await self._joined()
+        if self._left:
+            raise _closing()
         future = self._placing[request_id] = asyncio.get_running_loop().create_future()
         self._send(Wake(request_id=request_id))
         try:
@@ -242,3 +244,7 @@ class LocalLink:
             raise
         finally:
             self._rejoining = None
+
+
+def _closing() -> ReplicaError:
+    return ReplicaError("this router is closing; ask another one", code="host_unavailable")

@@ -150,11 +150,14 @@ class Machine:
         return await asyncio.shield(future)
 
     async def _open_channel(self, replica: ReplicaInfo) -> Channel:
-        channel = Channel(on_close=lambda: self._channels.pop(replica.address, None))
+        def gone() -> None:
+            self._channels.pop(replica.address, None)
+            self._placing.disregard(replica.replica_id)
+
+        channel = Channel(on_close=gone)
         try:
             await channel.open(replica.address)
         except OSError:
-            self._channels.pop(replica.address, None)
-            self._placing.disregard(replica.replica_id)
+            gone()
             raise
         return channel

@@ -9,7 +9,7 @@ import asyncio
 import enum
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -33,12 +33,17 @@ class Elsewhere(enum.Enum):
 News = Progress | Loss | Elsewhere
 
 
+class _Listener(NamedTuple):
+    queue: asyncio.Queue[News]
+    on_end: Callable[[], None]
+
+
 class Channel:
     """A connection to one replica, shared by all of a router's runs on it."""
 
     def __init__(self, on_close: Callable[[], object]) -> None:
         self._connection = Connection[ReplicaToRouter](ReplicaToRouter, self._on_message, self._on_close)
-        self._queues: dict[str, asyncio.Queue[News]] = {}
+        self._listeners: dict[str, _Listener] = {}  # by request id
         self._on_closed = on_close
         self._on_trial = ""  # the request that alone is being computed, whoever's it is
 
@@ -48,19 +53,26 @@ class Channel:
     def close(self) -> None:
         self._connection.close()
 
-    def submit(self, work: Submit) -> asyncio.Queue[News]:
-        """The news of a sequence, up to its last Progress or whatever else ends its time here."""
+    def submit(self, work: Submit, on_end: Callable[[], None]) -> asyncio.Queue[News]:
+        """The news of a sequence, up to its last Progress or whatever else ends its time here.
+
+        Args:
+            on_end: called when that comes, however late it is read.
+        """
         queue: asyncio.Queue[News] = asyncio.Queue()
+        self._listeners[work.request_id] = _Listener(queue, on_end)
         if self._connection.is_open:
-            self._queues[work.request_id] = queue
             self._connection.send(work)
         else:
-            queue.put_nowait(Elsewhere.CLOSED)
+            self._put(work.request_id, Elsewhere.CLOSED)
         return queue
 
-    def leave(self, request_id: str, *, cancel: bool) -> None:
-        if self._queues.pop(request_id, None) is not None and cancel:
+    def leave(self, request_id: str) -> None:
+        """Nobody wants the rest."""
+        listener = self._listeners.pop(request_id, None)
+        if listener is not None:
             self._connection.send(Cancel(request_id=request_id))
+            listener.on_end()
 
     def forget_user(self, tenant: str, user_id: str) -> None:
         """Behind all that was submitted and cancelled on this connection before."""
@@ -77,15 +89,18 @@ class Channel:
                 self._on_trial = message.request_id
 
     def _put(self, request_id: str, news: News) -> None:
-        queue = self._queues.get(request_id)
-        if queue is not None:
-            queue.put_nowait(news)
+        listener = self._listeners.get(request_id)
+        if listener is None:
+            return
+        listener.queue.put_nowait(news)
+        if not isinstance(news, Progress) or news.finish_reason is not None:
+            del self._listeners[request_id]
+            listener.on_end()
 
     def _on_close(self, _: Connection[ReplicaToRouter]) -> None:
         self._on_closed()
-        for request_id, queue in self._queues.items():
-            queue.put_nowait(self._loss_of(request_id))
-        self._queues.clear()
+        for request_id in list(self._listeners):
+            self._put(request_id, self._loss_of(request_id))
 
     def _loss_of(self, request_id: str) -> Loss:
         if not self._on_trial:
@@ -129,10 +144,10 @@ class MachineRun:
                         return
                 self._lose(news)
         finally:
-            self._leave(cancel=not self._finished)
+            self._leave()
 
     async def aclose(self) -> None:
-        self._leave(cancel=not self._finished)
+        self._leave()
         self._finished = True
         self._queue.put_nowait(Elsewhere.CANCELLED)
 
@@ -146,12 +161,12 @@ class MachineRun:
             try:
                 self._channel = await self._channels.channel(placed.replica)
             except OSError:
-                self._leave(cancel=False)
+                self._give_back()
         self.replica_id = placed.replica.replica_id
         if is_first and placed.was_held:
             self.wake_s = time.monotonic() - started
         if not self._finished:  # else it was closed meanwhile
-            self._queue = self._channel.submit(self._continued())
+            self._queue = self._channel.submit(self._continued(), self._give_back)
 
     def _continued(self) -> Submit:
         return msgspec.structs.replace(
@@ -170,19 +185,23 @@ class MachineRun:
 
     def _lose(self, news: Loss | Elsewhere) -> None:
         """The replica is gone, or takes nothing any more."""
-        if news is not Elsewhere.CANCELLED:
+        if news is Elsewhere.REJECTED:
             self._placing.disregard(self.replica_id)
-        self._leave(cancel=False)
+        self._leave()
         if isinstance(news, Loss):
             self._losses.note(news)
 
-    def _leave(self, *, cancel: bool) -> None:
-        """Gives the place back; safe to call again."""
+    def _leave(self) -> None:
+        """Cancels the sequence where it still runs; safe to call again."""
         if self._channel is not None:
-            self._channel.leave(self._work.request_id, cancel=cancel)
+            self._channel.leave(self._work.request_id)
             self._channel = None
-        if self._placed is not None:
-            placed, self._placed = self._placed, None
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """The replica doesn't run it any more."""
+        placed, self._placed = self._placed, None
+        if placed is not None:
             self._placing.release(placed)
 
 
