@@ -152,7 +152,7 @@ class Machine:
     async def _open_channel(self, replica: ReplicaInfo) -> Channel:
         def gone() -> None:
             self._channels.pop(replica.address, None)
-            self._placing.disregard(replica.replica_id)
+            self._placing.disregard(replica.address)
 
         channel = Channel(on_close=gone)
         try:

@@ -93,9 +93,9 @@ class Placing:
             del self._in_flight[replica_id]
         self._place_held()
 
-    def disregard(self, replica_id: str) -> None:
+    def disregard(self, address: str) -> None:
         """A replica takes nothing any more; don't choose it again before the link says otherwise."""
-        self.replicas = tuple(replica for replica in self.replicas if replica.replica_id != replica_id)
+        self.replicas = tuple(replica for replica in self.replicas if replica.address != address)
 
     async def _wait(self, request_id: str, digest: str | None) -> Placed:
         """Holds a request, and has the host process know of it."""

@@ -128,6 +128,7 @@ class MachineRun:
         self._work = work
         self._generated: list[int] = list(work.generated)
         self._losses = Losses()
+        self._address = ""
         self._placed: Placed | None = None
         self._channel: Channel | None = None
         self._queue: asyncio.Queue[News] = asyncio.Queue()
@@ -162,7 +163,7 @@ class MachineRun:
                 self._channel = await self._channels.channel(placed.replica)
             except OSError:
                 self._give_back()
-        self.replica_id = placed.replica.replica_id
+        self.replica_id, self._address = placed.replica.replica_id, placed.replica.address
         if is_first and placed.was_held:
             self.wake_s = time.monotonic() - started
         if not self._finished:  # else it was closed meanwhile
@@ -186,7 +187,7 @@ class MachineRun:
     def _lose(self, news: Loss | Elsewhere) -> None:
         """The replica is gone, or takes nothing any more."""
         if news is Elsewhere.REJECTED:
-            self._placing.disregard(self.replica_id)
+            self._placing.disregard(self._address)
         self._leave()
         if isinstance(news, Loss):
             self._losses.note(news)

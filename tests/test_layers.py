@@ -17,7 +17,7 @@ FOLDERS = {
     "tunefleet.runtime": "runtime",
 }
 GROUND = {"tunefleet.errors", "tunefleet.core", "tunefleet.messages", "tunefleet.config"}
-PURE = ("scheduler", "slots", "rows", "scaler", "placement", "sequence")
+PURE = ("scheduler", "slots", "rows", "scaler", "placement", "sequence", "losses")
 
 
 def modules() -> Iterator[tuple[str, Path]]:

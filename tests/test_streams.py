@@ -172,6 +172,21 @@ def test_a_replica_that_drains_takes_nothing_new_and_nobody_is_to_blame(tmp_path
     asyncio.run(scenario())
 
 
+def test_an_answer_that_is_read_late_keeps_nobody_waiting(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with fleet(tmp_path, max_replicas=2) as made:
+            machine = await made.router()
+            unread = [aiter(machine.submit(work(f"{number}"))) for number in range(8)]
+            for run in unread:
+                await anext(run)
+            made.host.update(ReplicaInfo(replica_id="r9", state=ReplicaState.NEW, address="", device="cpu"))
+            assert await answer(machine, "next") == WHOLE  # not held for r9
+            for run in unread:
+                assert [token async for progress in run for token in progress.tokens] == WHOLE[1:]
+
+    asyncio.run(scenario())
+
+
 def test_a_burst_at_zero_fills_the_replicas_that_start_and_starts_no_more(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with fleet(tmp_path, max_replicas=3) as made:
