@@ -98,11 +98,12 @@ def main() -> None:
     (message,) = FrameReader[Fork](Fork).feed(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "w") as reason:  # the host process reads there why no replica comes of it
         os.dup2(2, 1)  # and finds the rest in its log
-        from tunefleet.runtime import replica
-        from tunefleet.runtime.model import load_model
-
         try:
-            manifest, model = read_manifest(base_dir), load_model(base_dir)
+            manifest = read_manifest(base_dir)
+            from tunefleet.runtime import replica
+            from tunefleet.runtime.model import load_model
+
+            model = load_model(base_dir)
         except TunefleetError as error:
             reason.write(error.message)
             sys.exit(1)

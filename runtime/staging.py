@@ -8,7 +8,8 @@ once: the stream reads the buffer later, so it is filled again only after the ev
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def open_on(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     if device.index is not None:
         torch.accelerator.set_device_index(device)  # pinned memory belongs to the current one's context
-    move(model, Staging(device))
+    move(model, Staging(device, [Buffer(device, BUFFER_BYTES) for _ in range(2)]))
     if hasattr(torch.accelerator, "empty_host_cache"):  # not in every torch that we take
         torch.accelerator.empty_host_cache()  # the pinned buffers, which it would keep for the next ones
     return model
@@ -44,18 +45,56 @@ def move(model: nn.Module, staging: Staging) -> None:
     staging.wait()
 
 
+class Arrival(Protocol):
+    """An event on a device's stream: behind a copy, say."""
+
+    def synchronize(self) -> None:
+        """Returns when the device has come to it."""
+        ...
+
+
+class Buffer:
+    """Host memory that a device reads at its own time; pinned, where the device isn't the CPU itself."""
+
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        self._is_apart = device.type != "cpu"
+        self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_apart)
+        self._arrival: Arrival | None = None  # of the last chunk
+
+    @property
+    def num_bytes(self) -> int:
+        return self._memory.numel()
+
+    def send(self, chunk: torch.Tensor, place: torch.Tensor) -> None:
+        """Waits until the last chunk has arrived; doesn't wait for this one."""
+        self.wait()
+        filled = self._memory[: chunk.numel()]
+        filled.copy_(chunk)
+        self._arrival = self._read(filled, place)
+
+    def wait(self) -> None:
+        """Returns when what was sent has arrived; at once where that was nothing."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+
+    def _read(self, filled: torch.Tensor, place: torch.Tensor) -> Arrival | None:
+        """Has the device read it into ``place``; None: it has done so already.
+
+        On the device's current stream, where its memory is allocated and will be used: no other stream ever
+        has to wait for this one.
+        """
+        place.copy_(filled, non_blocking=True)
+        return torch.accelerator.current_stream(place.device).record_event() if self._is_apart else None
+
+
 class Staging:
-    """Copies memory to one device, in chunks. Lives as long as a model's move; ``wait`` ends it.
+    """Copies memory to one device, through its buffers in turn; ``wait`` after the last copy."""
 
-    All that is queued is on the device's current stream, where the memory is allocated and will be used: no
-    other stream ever has to wait for it.
-    """
-
-    def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(self, device: torch.device, buffers: Sequence[Buffer]) -> None:
         self.device = device
-        self._buffers = [_Buffer(device, buffer_bytes) for _ in range(2)]
-        self._turns = itertools.cycle(self._buffers)
-        self._buffer_bytes = buffer_bytes
+        self._buffers = buffers
+        self._turns = itertools.cycle(buffers)
+        self._chunk_bytes = min(buffer.num_bytes for buffer in buffers)
 
     def copy(self, source: torch.UntypedStorage) -> torch.UntypedStorage:
         """Memory on the device that holds the same bytes, once ``wait`` has returned."""
@@ -65,34 +104,11 @@ class Staging:
         return target
 
     def wait(self) -> None:
-        """Returns when all is on the device."""
+        """Returns when all that was copied has arrived."""
         for buffer in self._buffers:
             buffer.wait()
 
     def _chunks(self, storage: torch.UntypedStorage) -> Iterable[torch.Tensor]:
         """Views of its bytes, none larger than a buffer; none of an empty one."""
         content = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        return content.split(self._buffer_bytes) if content.numel() else ()
-
-
-class _Buffer:
-    """Memory that a device reads at its own time; pinned, where the device isn't the CPU itself."""
-
-    def __init__(self, device: torch.device, num_bytes: int) -> None:
-        self._is_apart = device.type != "cpu"
-        self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_apart)
-        self._sent: torch.Event | None = None  # the last chunk is on the device
-
-    def send(self, chunk: torch.Tensor, place: torch.Tensor) -> None:
-        """Waits until the last chunk is on the device; doesn't wait for this one."""
-        self.wait()
-        filled = self._memory[: chunk.numel()]
-        filled.copy_(chunk)
-        place.copy_(filled, non_blocking=True)
-        if self._is_apart:
-            self._sent = torch.accelerator.current_stream(place.device).record_event()
-
-    def wait(self) -> None:
-        """Returns when the device has read what was sent; at once where that was nothing."""
-        if self._sent is not None:
-            self._sent.synchronize()
+        return content.split(self._chunk_bytes) if content.numel() else ()

@@ -17,7 +17,7 @@ from tests.benchmarks.figures import Figure, at_least, at_most, figure, percenti
 from tests.benchmarks.traces import Trace, decode_tokens_per_s, prefill_tokens_per_s, tokens_per_s, ttft
 
 IN_THIS_PROCESS = ["throughput", "latency", "agreement", "router", "lookup"]
-WITH_A_MACHINE = ["working_set", "storm", "open_loop", "waking", "memory"]
+WITH_A_MACHINE = ["working_set", "storm", "open_loop", "waking", "recovery", "memory"]
 OVER_S3 = ["renewal", "store"]
 
 

@@ -1,4 +1,6 @@
-"""``stream_client URL USERS COUNT``: people who stream one answer after another, in a process of its own.
+"""``stream_client URL USERS COUNT SPREAD_S [CORE]``: people who stream one answer after another.
+
+In a process of its own. They begin one after another within SPREAD_S seconds, or all at once.
 
 Prints, as JSON, for each user a list of [sent, first token received], in seconds of the machine's monotonic
 clock, which other processes can compare with theirs.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from urllib.parse import urlsplit
@@ -17,12 +20,15 @@ BODY = json.dumps(
 ).encode()
 
 
-async def main(url: str, num_users: int, count: int) -> None:
-    found = await asyncio.gather(*(_user(url, f"user-{index}", count) for index in range(num_users)))
+async def main(url: str, num_users: int, count: int, spread_s: float) -> None:
+    found = await asyncio.gather(
+        *(_user(url, f"user-{index}", count, spread_s * index / num_users) for index in range(num_users))
+    )
     print(json.dumps({f"user-{index}": times for index, times in enumerate(found)}))
 
 
-async def _user(url: str, user_id: str, count: int) -> list[tuple[float, float]]:
+async def _user(url: str, user_id: str, count: int, delay_s: float) -> list[tuple[float, float]]:
+    await asyncio.sleep(delay_s)
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     times = []
@@ -62,4 +68,6 @@ async def _first_token(reader: asyncio.StreamReader) -> float:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    if len(sys.argv) > 5:
+        os.sched_setaffinity(0, {int(sys.argv[5])})
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])))
