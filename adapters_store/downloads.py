@@ -139,7 +139,7 @@ def _open_first(objects: ObjectStore, key: str) -> StoredObject:
 
 def _reserve(fd: int, size_bytes: int) -> None:
     """Takes the space, so that a full disk shows before anything is fetched."""
-    if not size_bytes:
+    if not size_bytes or not hasattr(os, "posix_fallocate"):  # macOS has none
         return
     try:
         os.posix_fallocate(fd, 0, size_bytes)

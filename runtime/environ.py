@@ -1,4 +1,4 @@
-"""The environment of processes that run model code."""
+"""The surroundings of processes that run model code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ ENVIRON = {  # what is set already stays as it is
     "TOKENIZERS_PARALLELISM": "false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking whether there is a GPU doesn't open it: a fork may follow
 }
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def model_environ() -> dict[str, str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from tunefleet.core import AdapterRef, Manifest, PinTier, ReplicaInfo, ReplicaSt
 from tunefleet.errors import ConfigError
 from tunefleet.messages import Forgotten, HeldAdapter, HostOptions, Status, Submit
 from tunefleet.runtime.base import resolve_devices
+from tunefleet.runtime.environ import num_cores
 from tunefleet.runtime.host_link import HostLink
 from tunefleet.runtime.local_link import LocalLink
 from tunefleet.runtime.placing import Placing
@@ -31,7 +31,6 @@ def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOp
     max_model_len = context_length(options, manifest)
     _check_kv(options, manifest, max_model_len)
     max_replicas = options.max_replicas or len(devices)
-    cores = len(os.sched_getaffinity(0))
     return HostOptions(
         base_dir=str(base_dir),
         store_url=options.store_url,
@@ -55,7 +54,7 @@ def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOp
         max_num_seqs=options.max_num_seqs,
         max_queue=options.max_queue,
         max_model_len=max_model_len,
-        threads_per_replica=options.threads_per_replica or max(1, cores // max_replicas),
+        threads_per_replica=options.threads_per_replica or max(1, num_cores() // max_replicas),
     )
 
 
