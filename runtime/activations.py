@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 from tunefleet.core import LinearSpec
 from tunefleet.runtime.banks import Banks, Filling, Prepared, map_prepared
 from tunefleet.runtime.scheduler import Scheduler
+from tunefleet.runtime.sequence import Sequence
 from tunefleet.runtime.slots import Activation
+from tunefleet.runtime.trials import TrialOf, trial_of
 
 SLICE_BYTES = 8 << 20  # of prepared files per step, while sequences run: milliseconds of their pace
 MAX_SLICES = 4  # in one step, where more would run than do
@@ -70,17 +73,20 @@ class Activations:
         self._loaded.pop(digest, None)
         return self._under is None or self._under.digest != digest
 
-    def advance(self, max_bytes: int | None) -> None:
+    def advance(self, max_bytes: int | None, trial: TrialOf = nullcontext) -> None:
         """Copies on, into one slot after another.
 
         Args:
             max_bytes: None: until one adapter is in its slot, however large; nobody's pace suffers.
+            trial: entered while an adapter is copied for a suspect.
         """
         left = max_bytes
         while (under := self._next()) is not None:
             step = under.loaded.prepared.num_bytes if left is None else left
             before = under.filling.num_bytes_left
-            if not under.filling.copy(step):
+            with trial_of(self._suspect_for(under.digest), trial):
+                is_done = under.filling.copy(step)
+            if not is_done:
                 return
             self._done(under)
             if left is None or (left := left - before) <= 0:
@@ -102,6 +108,10 @@ class Activations:
                 filling = self._banks.filling(activation.slot, loaded.prepared)
                 self._under = _Under(activation.digest, filling, loaded, self._clock())
         return self._under
+
+    def _suspect_for(self, digest: str) -> Sequence | None:
+        """The oldest that waits for it: who reads a mapped file that was cut short is ended by the kernel."""
+        return next((s for s in self._scheduler.waiting if s.suspect and s.digest == digest), None)
 
     def _clear(self, activation: Activation) -> None:
         """What the filling won't overwrite: of an evicted adapter nothing stays on the device."""

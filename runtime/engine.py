@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from tunefleet.runtime.sampling import sample
 from tunefleet.runtime.scheduler import Scheduled, Scheduler
 from tunefleet.runtime.sequence import Sequence
 from tunefleet.runtime.slots import SlotTable
+from tunefleet.runtime.trials import TrialOf, trial_of
 
 MAX_BARREN_STEPS = 3  # in which nothing but exceptions came out: the fault is not the sequences'
 
@@ -168,17 +170,22 @@ class Engine:
         """Drops the keys and values that a deleted user's finished sequences left."""
         self.scheduler.forget_user(tenant, user_id)
 
-    def step(self) -> list[Progress]:
-        """Runs one step; what it did, per sequence. Empty when nothing can run now."""
+    def step(self, trial: TrialOf = nullcontext) -> list[Progress]:
+        """Runs one step; what it did, per sequence. Empty when nothing can run now.
+
+        Args:
+            trial: entered for what is done for one suspect alone, which may end the process.
+        """
         self._activations.forget_unwanted()
-        self._activations.advance(self._slice_bytes())
+        self._activations.advance(self._slice_bytes(), trial)
         while (sequence := self.scheduler.join()) is not None:
             sequence.admitted_at = sequence.admitted_at or self._clock()
         batch = self.scheduler.schedule()
         self._runner.prepare(batch)
         if batch.scheduled:
             self.num_steps += 1
-            choices = self._run(batch.scheduled)
+            with trial_of(batch.suspect, trial):
+                choices = self._run(batch.scheduled)
             self.scheduler.advance(batch, {key: choice.token for key, choice in choices.items()})
             self._tell(batch.scheduled, choices)
         news, self._news = self._news, []
@@ -237,6 +244,7 @@ class Engine:
         logits = self._runner.run(scheduled)
         sequences = [entry.sequence for entry in scheduled if entry.samples]
         if not sequences:
+            _settle(logits)
             return logits, {}
         sampled = sample(logits, [s.sampling for s in sequences], [s.num_generated for s in sequences])
         choices = {}
@@ -313,3 +321,9 @@ class Engine:
                 retry_after_s=retry_after_s,
             )
         )
+
+
+def _settle(logits: torch.Tensor) -> None:
+    """A GPU computes later: what it raises is to be raised in the step that it belongs to."""
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)

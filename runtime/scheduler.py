@@ -21,6 +21,7 @@ from tunefleet.runtime.prefixes import PrefixTable
 from tunefleet.runtime.rows import KvOp, RowTable
 from tunefleet.runtime.sequence import Sequence, SequenceState
 from tunefleet.runtime.slots import Activation, Slot, SlotTable
+from tunefleet.runtime.trials import Trials
 
 MAX_PREFILL_TOKENS = 128  # a step beside decodes: more would be felt by who is being answered
 MAX_WAIT_STEPS = 64
@@ -48,6 +49,7 @@ class Batch:
 
     scheduled: list[Scheduled]
     kv_ops: list[KvOp]
+    suspect: Sequence | None = None  # on trial: nobody else is scheduled
 
 
 class Scheduler:
@@ -57,7 +59,7 @@ class Scheduler:
         max_num_seqs: sequences in one batch.
         max_batch_tokens: tokens in one step; longer prompts are prefilled in chunks.
         max_model_len: tokens of prompt and answer.
-        max_prefill_tokens: tokens of prompts in a step in which others decode.
+        max_prefill_tokens: tokens of prompts in a step in which others decode, or that keeps them waiting.
         max_wait_steps: steps for which others may go ahead of who is next in the fair order.
     """
 
@@ -81,6 +83,7 @@ class Scheduler:
         self._counters = ServiceCounters()
         self._places = Places(max_num_seqs, self._counters)
         self._line = WaitingLine(slots, self._places, self._counters, max_wait_steps)
+        self._trials = Trials()
         self._sequences: dict[str, Sequence] = {}
         self._num_added = 0
         self._max_batch_tokens = max_batch_tokens
@@ -172,16 +175,20 @@ class Scheduler:
         return sequence
 
     def schedule(self) -> Batch:
-        """The next step's batch: decodes first, then prefill chunks within the token budget."""
+        """The next step's batch: decodes first, then prefill chunks within the token budget.
+
+        Suspects run alone, in every second step while others run.
+        """
         self._line.step()
         scheduled: list[Scheduled] = []
         while self.running and not scheduled:  # again, if all that were planned gave way to older ones
-            planned = self._plan()
+            planned = self._plan(self._trials.turn(self.running))
             assert planned, "who runs has something to compute"
             scheduled = self._in_rows(planned)
         for entry in scheduled:
             self._charge_decode(entry)
-        return Batch(sorted(scheduled, key=self._batch_order), self._kv.take_ops())
+        suspect = self._trials.begin(entry.sequence for entry in scheduled)
+        return Batch(sorted(scheduled, key=self._batch_order), self._kv.take_ops(), suspect)
 
     def advance(self, batch: Batch, sampled: dict[str, int]) -> list[Sequence]:
         """Takes in a step's sampled tokens; returns the sequences that are finished now."""
@@ -192,6 +199,7 @@ class Scheduler:
             sequence.num_computed += num_tokens
             if sequence.request_id in sampled:
                 sequence.tokens.append(sampled[sequence.request_id])
+                sequence.suspect = False
                 reason = self._finish_reason(sequence)
                 if reason is not None:
                     self.finish(sequence, reason)
@@ -239,6 +247,7 @@ class Scheduler:
         assert all(sequence.state is SequenceState.RUNNING for sequence in self.running)
         assert all(s.state is SequenceState.WAITING and not s.num_computed for s in self.waiting)
         assert self._counters.num_active == len({sequence.owner for sequence in self._sequences.values()})
+        assert all(s.num_generated == s.num_resumed for s in self._sequences.values() if s.suspect)
         in_use = {sequence.digest for sequence in self.running} - {None}
         assert in_use <= {*self.slots.digests}, "a running sequence's adapter has no slot"
         for digest in self.slots.digests:
@@ -318,12 +327,12 @@ class Scheduler:
             if victim is sequence:
                 return
 
-    def _plan(self) -> dict[Sequence, int]:
+    def _plan(self, turn: list[Sequence]) -> dict[Sequence, int]:
         """How many tokens each gets: one for each that decodes, then prompts, least served owners first."""
-        fair = sorted(self.running, key=lambda s: (self._counters[s.owner], s.arrival))
+        fair = sorted(turn, key=lambda s: (self._counters[s.owner], s.arrival))
         decodes = [sequence for sequence in fair if sequence.num_uncomputed == 1][: self._max_batch_tokens]
         budget = self._max_batch_tokens - len(decodes)
-        if decodes:
+        if any(sequence.num_uncomputed == 1 for sequence in self.running if not sequence.suspect):
             budget = min(budget, self._max_prefill_tokens)
         planned = dict.fromkeys(decodes, 1)
         for sequence in fair:

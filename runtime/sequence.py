@@ -34,6 +34,7 @@ class Sequence:
     tenant: str = DEFAULT_TENANT
     user_id: str | None = None  # None: the tenant itself asks the base
     num_resumed: int = 0  # tokens that an earlier replica generated
+    suspect: bool = False  # runs alone until it has a token of this replica's
     state: SequenceState = SequenceState.WAITING
     arrival: int = 0  # its place in the order of arrival
     num_computed: int = 0
@@ -62,6 +63,7 @@ class Sequence:
             work.tenant,
             work.user_id,
             num_resumed=len(work.generated),
+            suspect=work.suspect,
         )
 
     @functools.cached_property

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from tunefleet.runtime.engine import Engine, EngineLimits
 from tunefleet.runtime.model import load_model, save_model
 from tunefleet.runtime.prepare import describe, write_manifest
 from tunefleet.runtime.sampling import sample
+from tunefleet.runtime.trials import TrialOf
 
 TIE = 1e-3  # logits closer than this are a tie: rounding may decide either way
 VOCAB = 128
@@ -264,15 +266,22 @@ class Driver:
 
     Args:
         load_steps: how many; a function is asked for each.
+        trial: entered for what the engine does for a suspect alone.
     """
 
     def __init__(
-        self, engine: Engine, adapters: list[Adapter], *, load_steps: int | Callable[[], int] = 2
+        self,
+        engine: Engine,
+        adapters: list[Adapter],
+        *,
+        load_steps: int | Callable[[], int] = 2,
+        trial: TrialOf = nullcontext,
     ) -> None:
         self.engine = engine
         self.answers: dict[str, Answer] = {}
         self._paths = {adapter.ref.digest: adapter.prepared for adapter in adapters}
         self._arriving: list[tuple[int, str]] = []
+        self._trial = trial
         self._load_steps = load_steps if callable(load_steps) else lambda: load_steps
 
     def submit(self, work: Submit) -> Answer:
@@ -287,7 +296,7 @@ class Driver:
             if steps <= 0:
                 self._arriving.remove((steps, digest))
                 self.deliver(digest)
-        news = self.engine.step()
+        news = self.engine.step(self._trial)
         self.engine.check()
         for progress in news:
             self.answers[progress.request_id].take(progress)

@@ -47,6 +47,7 @@ def new_sequence(
     ignore_eos: bool = False,
     generated: tuple[int, ...] = (),
     rank: int | None = None,
+    suspect: bool = False,
 ) -> Sequence:
     """An adapter not named in RANKS has ``rank``, or 8."""
     rank = rank or RANKS.get(digest or "", 8)
@@ -58,6 +59,7 @@ def new_sequence(
             adapter=None if digest is None else AdapterRef(digest, "default", "", "", 1, rank),
             generated=generated,
             user_id=user_id,
+            suspect=suspect,
         )
     )
 

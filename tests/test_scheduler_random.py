@@ -25,6 +25,7 @@ class AnyHistory(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.added: dict[str, Sequence] = {}
+        self.was_trial = False
 
     @initialize(
         max_slots=st.integers(1, 3),
@@ -49,8 +50,18 @@ class AnyHistory(RuleBasedStateMachine):
         num_shared=st.one_of(st.integers(0, 20), st.integers(30, 250)),
         num_own=st.one_of(st.integers(1, 4), st.integers(1, 40)),
         max_tokens=st.one_of(st.integers(1, 6), st.integers(1, 60)),
+        suspect=st.sampled_from([False, False, True]),
     )
-    def add(self, digest: str | None, user_id: str, num_shared: int, num_own: int, max_tokens: int) -> None:
+    def add(
+        self,
+        digest: str | None,
+        user_id: str,
+        num_shared: int,
+        num_own: int,
+        max_tokens: int,
+        *,
+        suspect: bool,
+    ) -> None:
         own = random.Random(num_own).choices(range(2, 50), k=num_own)
         request_id = f"{len(self.added)}"
         self.added[request_id] = new_sequence(
@@ -59,6 +70,7 @@ class AnyHistory(RuleBasedStateMachine):
             user_id=user_id,
             prompt=(*TEXT[:num_shared], *own),
             max_tokens=max_tokens,
+            suspect=suspect,
         )
         self.scheduler.add(self.added[request_id])
 
@@ -67,11 +79,14 @@ class AnyHistory(RuleBasedStateMachine):
         user_id=st.sampled_from(["alice", "bob", "carol"]),
         num_shared=st.sampled_from([100, 110, 120, 240]),
         num_sequences=st.integers(2, 5),
+        num_suspects=st.sampled_from([0, 0, 1, 5]),
     )
-    def add_crowd(self, digest: str | None, user_id: str, num_shared: int, num_sequences: int) -> None:
+    def add_crowd(
+        self, digest: str | None, user_id: str, num_shared: int, num_sequences: int, num_suspects: int
+    ) -> None:
         """All of them outgrow their rows."""
         for number in range(num_sequences):
-            self.add(digest, user_id, num_shared, number + 1, 40)
+            self.add(digest, user_id, num_shared, number + 1, 40, suspect=number < num_suspects)
 
     @rule(generator=st.randoms(use_true_random=False), is_next_turn=st.booleans())
     @precondition(lambda self: self.added)
@@ -130,6 +145,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.scheduler.check()
         batch = self.engine.schedule()
         self.limits_hold(batch)
+        self.trials_hold(batch)
         if ends_amid and batch.scheduled:
             self.scheduler.finish(batch.scheduled[0].sequence, FinishReason.ERROR)
         self.scheduler.advance(batch, sampled_by(batch, token))
@@ -142,8 +158,20 @@ class AnyHistory(RuleBasedStateMachine):
         lone = [entry.num_tokens == 1 for entry in batch.scheduled]
         assert sorted(lone, reverse=True) == lone
         decodes = sum(entry.sequence.num_uncomputed == 1 for entry in batch.scheduled)
-        if decodes:
+        if decodes or any(s.num_uncomputed == 1 for s in self.scheduler.running if not s.suspect):
             assert num_tokens - decodes <= self.limits["max_prefill_tokens"]
+
+    def trials_hold(self, batch: Batch) -> None:
+        """The oldest suspect runs alone, and between any two such steps all others do."""
+        scheduled = [entry.sequence for entry in batch.scheduled]
+        suspects = [sequence for sequence in self.scheduler.running if sequence.suspect]
+        if batch.suspect is None:
+            assert not any(sequence.suspect for sequence in scheduled)
+            assert self.was_trial or not suspects
+        else:
+            assert scheduled == [batch.suspect] == [min(suspects, key=lambda s: s.arrival)]
+            assert not self.was_trial or len(suspects) == len(self.scheduler.running)
+        self.was_trial = batch.suspect is not None
 
     @invariant()
     def everything_agrees(self) -> None:
