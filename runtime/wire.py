@@ -8,6 +8,8 @@ next step.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 import struct
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from tunefleet.messages import Message
 
 _HEADER = struct.Struct(">I")
 MAX_FRAME_BYTES = 64 * 1024 * 1024
+READ_BYTES = 65536
 In = TypeVar("In")
 
 _encoder = msgspec.msgpack.Encoder()
@@ -82,7 +85,11 @@ class Connection(asyncio.Protocol, Generic[In]):
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, message: Message) -> None:
-        """Queues a message; to a closed connection it is dropped (``on_close`` has said so)."""
+        """Queues a message; to a closed connection it is dropped (``on_close`` has said so).
+
+        On return it is in the kernel's hands, whatever becomes of this process, unless the peer has left so
+        much unread that there is no room.
+        """
         if self._transport is not None and self.is_open:
             self._transport.write(frame(message))
 
@@ -106,7 +113,17 @@ class Connection(asyncio.Protocol, Generic[In]):
             self._on_message(self, message)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self._hear_out()
         self._on_close(self)
+
+    def _hear_out(self) -> None:
+        """A write that meets the peer's end stops all reading, but what the peer sent before it counts."""
+        assert self._transport is not None
+        number = self._transport.get_extra_info("socket").fileno()
+        with contextlib.suppress(OSError):
+            while chunk := os.read(number, READ_BYTES):
+                self.data_received(chunk)
 
 
 class BlockingLink(Generic[In]):
@@ -124,7 +141,7 @@ class BlockingLink(Generic[In]):
 
     def receive(self) -> list[In] | None:
         """Messages of one read; None when the peer is gone."""
-        chunk = self._sock.recv(65536)
+        chunk = self._sock.recv(READ_BYTES)
         return self._reader.feed(chunk) if chunk else None
 
     def close(self) -> None:

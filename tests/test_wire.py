@@ -31,6 +31,7 @@ from tunefleet.messages import (
     Step,
     Submit,
     Timing,
+    Trial,
 )
 from tunefleet.runtime.wire import MAX_FRAME_BYTES, BlockingLink, Connection, FrameReader, frame
 
@@ -250,6 +251,38 @@ def test_a_close_is_told_once_on_either_side_and_sending_after_it_does_nothing(t
             replica.connection.close()
             assert replica.received == [SUBMIT]
             assert (client.num_closed, replica.num_closed) == (1, 1)
+
+    asyncio.run(scenario())
+
+
+async def connect_pair(peer: Peer) -> socket.socket:
+    """The other end, without a loop."""
+    ours, theirs = socket.socketpair()
+    await asyncio.get_running_loop().create_unix_connection(lambda: peer.connection, sock=ours)
+    return theirs
+
+
+def test_what_is_sent_is_in_the_kernels_hands_before_the_loop_turns() -> None:
+    async def scenario() -> None:
+        replica = Peer(RouterToReplica)
+        with await connect_pair(replica) as router:
+            for request_id in ("r", ""):
+                replica.connection.send(Trial(request_id=request_id))
+            heard = router.recv(4096, socket.MSG_DONTWAIT)
+            replica.connection.close()
+        assert [Trial(request_id="r"), Trial(request_id="")] == FrameReader(ReplicaToRouter).feed(heard)
+
+    asyncio.run(scenario())
+
+
+def test_a_peers_last_words_are_heard_even_by_who_notices_its_end_when_writing() -> None:
+    async def scenario() -> None:
+        router = Peer(ReplicaToRouter)
+        with await connect_pair(router) as replica:
+            replica.sendall(frame(Trial(request_id="r")))
+        router.connection.send(SUBMIT)
+        await router.until(lambda: router.num_closed == 1)
+        assert [Trial(request_id="r")] == router.received
 
     asyncio.run(scenario())
 
