@@ -60,8 +60,8 @@ class ParkedProcess:
                     self._fork(message)
 
     def _fork(self, message: Fork) -> None:
-        if num_threads() != 1:
-            self._refuse(message, f"the parked process has {num_threads()} threads; forking it is not safe")
+        if reason := why_unsafe():
+            self._refuse(message, f"the parked process {reason}")
             return
         started = time.time()
         try:
@@ -93,6 +93,15 @@ class ParkedProcess:
             if done:
                 code = os.waitstatus_to_exitcode(status)
                 self._link.send(Reaped(replica_id=self._children.pop(pid), pid=pid, exit_code=code))
+
+
+def why_unsafe() -> str:
+    """Why this process must not be forked; empty: it may be."""
+    if num_threads() != 1:
+        return f"has {num_threads()} threads, and a fork would have locks that nobody opens"
+    if torch.cuda.is_initialized():
+        return "has opened the GPU, and a fork can't use it"
+    return ""
 
 
 def num_threads() -> int:

@@ -236,7 +236,7 @@ def test_a_process_with_a_second_thread_refuses_to_fork(tmp_path: Path) -> None:
     thread.join()
     (message,) = BlockingLink[ForkRefused](ours, ForkRefused).receive() or []
     assert message.replica_id == "r1"
-    assert "threads; forking it is not safe" in message.reason
+    assert "threads, and a fork would have locks that nobody opens" in message.reason
 
 
 HOST = """
