@@ -23,7 +23,7 @@ from tunefleet.runtime.sequence import Sequence, SequenceState
 from tunefleet.runtime.slots import Activation, Slot, SlotTable
 from tunefleet.runtime.trials import Trials
 
-MAX_PREFILL_TOKENS = 128  # a step beside decodes: more would be felt by who is being answered
+MAX_PREFILL_TOKENS = 128  # a step in which most decode: more would be felt by who is being answered
 MAX_WAIT_STEPS = 64
 
 
@@ -332,7 +332,7 @@ class Scheduler:
         fair = sorted(turn, key=lambda s: (self._counters[s.owner], s.arrival))
         decodes = [sequence for sequence in fair if sequence.num_uncomputed == 1][: self._max_batch_tokens]
         budget = self._max_batch_tokens - len(decodes)
-        if any(sequence.num_uncomputed == 1 for sequence in self.running if not sequence.suspect):
+        if self._is_mostly_decoding():
             budget = min(budget, self._max_prefill_tokens)
         planned = dict.fromkeys(decodes, 1)
         for sequence in fair:
@@ -340,6 +340,12 @@ class Scheduler:
                 planned[sequence] = min(sequence.num_uncomputed, budget)
                 budget -= planned[sequence]
         return planned
+
+    def _is_mostly_decoding(self) -> bool:
+        """Fewer wait for their first token than would feel a long step."""
+        turn = [sequence for sequence in self.running if not sequence.suspect]
+        num_decoding = sum(sequence.num_uncomputed == 1 for sequence in turn)
+        return 0 < len(turn) <= 2 * num_decoding
 
     def _charge_prompt(self, sequence: Sequence) -> None:
         """All of it when it joins, so that others' turn comes before the owner's next one.

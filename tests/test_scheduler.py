@@ -77,6 +77,17 @@ def test_beside_decodes_a_prompt_gets_no_more_than_would_be_felt() -> None:
     assert advance(engine) == [("short", 1, True), ("long", 10, True)]
 
 
+def test_where_most_wait_for_their_first_token_prompts_get_the_whole_step() -> None:
+    engine = new_engine(max_batch_tokens=100, max_prefill_tokens=20)
+    engine.add(new_sequence("short", num_prompt=1, max_tokens=9))
+    engine.join()
+    advance(engine)
+    engine.add(new_sequence("one", num_prompt=60), new_sequence("two", user_id="bob", num_prompt=60))
+    engine.join()
+    assert advance(engine) == [("short", 1, True), ("one", 39, False), ("two", 60, True)]
+    assert advance(engine) == [("short", 1, True), ("two", 1, True), ("one", 20, False)]
+
+
 def test_of_several_prompts_that_of_the_least_served_user_goes_first() -> None:
     engine = new_engine(max_batch_tokens=50)
     engine.add(new_sequence("a1", num_prompt=100), new_sequence("a2", num_prompt=30))
