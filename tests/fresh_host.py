@@ -19,5 +19,4 @@ STARTERS = {"fresh": FreshStarts, "threaded": functools.partial(Parking, module=
 
 if __name__ == "__main__":
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    host.Supervisor = functools.partial(Supervisor, starter=STARTERS[sys.argv[2]])  # type: ignore[assignment,misc]
-    host.main()
+    host.main(functools.partial(Supervisor, starter=STARTERS[sys.argv[2]]))

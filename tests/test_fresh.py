@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from engine_kit import Oracle, greedy, prepare_model, tiny_model
@@ -17,7 +18,7 @@ from lone_router import options_for
 from starter_kit import TESTS, Heard, children, fork_message, is_gone
 from tunefleet.config import runtime_dir, state_dir
 from tunefleet.errors import ReplicaError
-from tunefleet.messages import Status, Submit
+from tunefleet.messages import Submit
 from tunefleet.runtime.fresh import FreshStarts
 from tunefleet.runtime.host import HOST_SOCKET
 from tunefleet.runtime.machine import Machine
@@ -72,51 +73,65 @@ def test_a_process_that_can_not_be_started_is_an_error(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("kind", ["fresh", pytest.param("threaded", marks=pytest.mark.slow)])
-def test_a_machine_serves_and_replaces_what_is_killed(kind: str, tmp_path: Path) -> None:
-    """Once because the platform can't fork, once because the parked process has a second thread."""
-    model = tiny_model("llama")
-    manifest = prepare_model(model, tmp_path / "base")
-    options = options_for(tmp_path)
-    state = state_dir(options, tmp_path / "base")
+def test_a_machine_serves_and_says_how_a_replica_ended(tmp_path: Path) -> None:
+    """On a platform that can't fork."""
+
+    async def use(machine: Machine) -> None:
+        await served(machine, "a")
+        status = await machine.status()
+        assert (status.parked_pid, status.last_error) == (0, "")
+        assert status.replicas[0].stages["fork"] > 0.1  # what it takes to import torch
+        os.kill(status.replicas[0].pid, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            while "SIGKILL" not in (await machine.status()).last_error:
+                await machine.changed()
+
+    run(tmp_path, "fresh", use)
+
+
+@pytest.mark.slow
+def test_a_machine_serves_whose_parked_process_has_a_second_thread(tmp_path: Path) -> None:
+    async def use(machine: Machine) -> None:
+        tokens = await served(machine, "a")
+        status = await machine.status()
+        assert status.parked_pid != 0
+        assert "has 2 threads" in status.last_error
+        os.kill(status.replicas[0].pid, signal.SIGKILL)
+        assert tokens == await served(machine, "b")
+
+    run(tmp_path, "threaded", use)
+
+
+def run(root: Path, kind: str, use: Callable[[Machine], Awaitable[None]]) -> None:
+    """Uses a machine with such a host process, see fresh_host.py; afterwards nothing of it is left."""
+    manifest = prepare_model(tiny_model("llama"), root / "base")
+    options = options_for(root)
+    state = state_dir(options, root / "base")
     state.mkdir(parents=True)
 
-    async def scenario() -> set[int]:
+    async def scenario() -> list[psutil.Process]:
         await until(lambda: (runtime_dir(state) / HOST_SOCKET).exists())
-        machine = Machine(options, manifest, tmp_path / "base")
+        machine = Machine(options, manifest, root / "base")
         await machine.start()
         try:
-            answer = [await served(machine, "a")]
-            status = await machine.status()
-            os.kill(status.replicas[0].pid, signal.SIGKILL)
-            answer.append(await served(machine, "b"))
-            for tokens in answer:
-                Oracle(model, []).check(None, list(PROMPT), tokens)
-            check(kind, status)
-            return {status.parked_pid, *(replica.pid for replica in (await machine.status()).replicas)} - {0}
+            await use(machine)
+            return psutil.Process(host.pid).children(recursive=True)
         finally:
             await machine.close()
 
     command = [sys.executable, str(Path(__file__).with_name("fresh_host.py")), str(state), kind]
     with subprocess.Popen(command) as host:
-        pids = asyncio.run(scenario())
+        processes = asyncio.run(scenario())
     assert host.returncode == 0
-    asyncio.run(until(lambda: all(map(is_gone, pids))))
-
-
-def check(kind: str, status: Status) -> None:
-    assert status.replicas[0].stages["fork"] > 0.1  # what it takes to import torch
-    if kind == "fresh":
-        assert status.parked_pid == 0
-        assert status.last_error == ""
-    else:
-        assert status.parked_pid != 0
-        assert "has 2 threads" in status.last_error
+    asyncio.run(until(lambda: all(is_gone(process.pid) for process in processes)))
 
 
 async def served(machine: Machine, request_id: str) -> list[int]:
+    """A right answer."""
     work = Submit(request_id=request_id, prompt=PROMPT, sampling=greedy(20))
-    return [token async for progress in machine.submit(work) for token in progress.tokens]
+    tokens = [token async for progress in machine.submit(work) for token in progress.tokens]
+    Oracle(tiny_model("llama"), []).check(None, list(PROMPT), tokens)
+    return tokens
 
 
 async def until(condition: Callable[[], bool]) -> None:

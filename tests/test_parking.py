@@ -226,15 +226,16 @@ def _signals_kept() -> Iterator[None]:
 @pytest.mark.usefixtures("_signals_kept")
 def test_a_process_with_a_second_thread_refuses_to_fork(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
-    ours.sendall(frame(fork_message(tmp_path)))
-    ours.shutdown(socket.SHUT_WR)
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
-    ParkedProcess(BlockingLink[Fork](theirs, Fork), nn.Module(), MANIFEST).serve()
+    with ours, theirs:
+        ours.sendall(frame(fork_message(tmp_path)))
+        ours.shutdown(socket.SHUT_WR)
+        ParkedProcess(BlockingLink[Fork](theirs, Fork), nn.Module(), MANIFEST).serve()
+        (message,) = BlockingLink[ForkRefused](ours, ForkRefused).receive() or []
     done.set()
     thread.join()
-    (message,) = BlockingLink[ForkRefused](ours, ForkRefused).receive() or []
     assert message.replica_id == "r1"
     assert "threads, and a fork would have locks that nobody opens" in message.reason
 

@@ -45,7 +45,7 @@ class Odd(nn.Module):
         super().__init__()
         self.matrix = nn.Parameter(torch.randn(13, 7), requires_grad=False)
         self.tied = self.matrix
-        self.half = nn.Parameter(torch.randn(5).to(torch.bfloat16), requires_grad=False)
+        self.short = nn.Parameter(torch.randn(5).to(torch.bfloat16), requires_grad=False)
         self.scalar = nn.Parameter(torch.tensor(2.5, dtype=torch.float64))
         self.empty = nn.Parameter(torch.empty(0, 3), requires_grad=False)
         self.turned = nn.Parameter(torch.randn(4, 6).t(), requires_grad=False)
