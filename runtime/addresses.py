@@ -22,7 +22,7 @@ async def dial(address: str, connection: Connection[In]) -> None:
     """
     loop = asyncio.get_running_loop()
     parts = urlsplit(address)
-    if parts.scheme == "tcp":
+    if parts.scheme == "tcp" and parts.hostname and parts.port:
         await loop.create_connection(lambda: connection, parts.hostname, parts.port)
     else:
         await loop.create_unix_connection(lambda: connection, address)

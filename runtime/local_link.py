@@ -191,7 +191,7 @@ class LocalLink:
             await asyncio.shield(self._rejoining)
 
     async def _join(self) -> None:
-        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        deadline = time.monotonic() + self._options.drain_timeout_s + ANSWER_TIMEOUT_S  # one may be leaving
         num_failures = 0
         while True:
             try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from tunefleet.core import AdapterRef, PinTier, ReplicaInfo, ReplicaState
+from tunefleet.core import AdapterRef, LoggedError, PinTier, ReplicaInfo, ReplicaState
 from tunefleet.errors import CapacityError, ReplicaError
 from tunefleet.messages import Forgotten, HeldAdapter, Status
 from tunefleet.runtime.host_link import OnChange
@@ -27,7 +28,7 @@ class MemoryHost:
     """
 
     def __init__(self, start: Start, *, max_replicas: int = 1, target_concurrency: int = 32) -> None:
-        self.last_error = ""
+        self.errors: list[LoggedError] = []
         self.waiting: dict[str, asyncio.Future[None]] = {}  # requests that wait for a replica
         self.copies: dict[str, PinTier] = {}  # digest -> the tier it is in
         self._start = start
@@ -94,8 +95,9 @@ class MemoryHost:
         try:
             address = await self._start(new.replica_id)
         except ReplicaError as error:
-            self.last_error = f"replica {new.replica_id}: {error.message}"
-            self._refuse()
+            reason = f"replica {new.replica_id}: {error.message}"
+            self.errors.append(LoggedError(at=time.time(), message=reason))
+            self._refuse(reason)
             self.lose(new.replica_id)
             return
         if new.replica_id in self._replicas:  # it may have been lost meanwhile
@@ -104,13 +106,13 @@ class MemoryHost:
                 if not waiting.done():
                     waiting.set_result(None)
 
-    def _refuse(self) -> None:
+    def _refuse(self, reason: str) -> None:
         """Nothing starts for those who wait, and why."""
         for waiting in self.waiting.values():
             if not waiting.done():
                 waiting.set_exception(
                     CapacityError(
-                        f"no replica could be started: {self.last_error}",
+                        f"no replica could be started: {reason}",
                         code="replica_start_failed",
                         retry_after_s=RETRY_AFTER_S,
                     )
@@ -172,5 +174,6 @@ class MemoryLink:
             pss_bytes={},
             host_tier={digest: 1 for digest, tier in host.copies.items() if tier == "host"},
             disk_tier=dict.fromkeys(host.copies, 1),
-            last_error=host.last_error,
+            num_held=len(host.waiting),
+            errors=tuple(host.errors),
         )

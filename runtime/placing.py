@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tunefleet.core import ReplicaInfo, ReplicaState
 from tunefleet.errors import CapacityError
@@ -101,8 +101,9 @@ class Placing:
         """Holds a request, and has the host process know of it."""
         held = self._held[request_id] = _Held(digest, asyncio.get_running_loop().create_future())
         waking = asyncio.create_task(self._wake(request_id))
+        either: set[asyncio.Future[Any]] = {waking, held.place}
         try:
-            await asyncio.wait({waking, held.place}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if (
                 not held.place.done()
             ):  # nothing starts: the queue of a replica that is full is better than none
