@@ -54,7 +54,15 @@ class Options:
     min_replicas: int = _option(0, "Replicas kept when idle.", at_least=0)
     max_replicas: int = _option(0, "Most replicas; 0: one per device.", at_least=0)
     target_concurrency: int = _option(0, "Requests per replica to scale by; 0: max_num_seqs.", at_least=0)
-    idle_timeout_s: float = _option(10.0, "Time without work after which a replica stops.", at_least=0)
+    idle_timeout_s: float = _option(
+        10.0, "Time without any request after which the last replica stops.", at_least=0
+    )
+    scale_down_delay_s: float = _option(
+        10.0, "Time for which fewer replicas must have been enough before one stops.", at_least=0
+    )
+    standby_ttl_s: float = _option(
+        0.0, "Time at zero replicas after which the parked process ends too; 0: it stays.", at_least=0
+    )
     cold_start_timeout_s: float = _option(60.0, "Longest time a request is held for a replica.", at_least=0.1)
     drain_timeout_s: float = _option(
         30.0, "Longest time a stopping replica may finish its requests.", at_least=0
@@ -95,6 +103,11 @@ class Options:
                 raise ConfigError(
                     f"{field.name} must be at least {at_least:g}, not {value}", param=field.name
                 )
+        if self.max_replicas and self.min_replicas > self.max_replicas:
+            raise ConfigError(
+                f"min_replicas must not be above max_replicas, which is {self.max_replicas}",
+                param="min_replicas",
+            )
         self._check_choice("dtype", ("auto", "bfloat16", "float16", "float32"))
         self._check_choice("fallback", ("none", "base"))
         object.__setattr__(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from tunefleet.adapters_store.host_tier import default_host_dir
@@ -51,35 +52,47 @@ from tunefleet.runtime.base import read_manifest
 from tunefleet.runtime.lending import Lending
 from tunefleet.runtime.memory import MemoryMeter
 from tunefleet.runtime.replicas import Record
-from tunefleet.runtime.supervisor import Supervisor
+from tunefleet.runtime.supervisor import Supervisor, Watcher
 from tunefleet.runtime.wire import Connection
 
 HOST_SOCKET = "host.sock"
+REPLICA_SOCKETS = "r*-*.sock"
 LINGER_S = 2.0  # after the last router left, so that a restart of it finds a warm machine
 
 Inbound = RouterToHost | ReplicaToHost
+Supervise = Callable[[HostOptions, Path, Path, Watcher], Supervisor]
+
+log = logging.getLogger("tunefleet.host")
 
 
 class HostProcess:
     """Answers the socket: routers and replicas come to one address, their first message says which they are.
 
-    Idle until a router's Hello brings the options; lives until a while after its last router left.
+    Idle until a router's Hello brings the options; lives until a while after its last router left. SIGTERM
+    lets the replicas finish what they have; what comes meanwhile waits for the next host process. A second
+    one ends it at once.
+
+    Args:
+        supervise: makes what keeps the replicas.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, supervise: Supervise = Supervisor) -> None:
         self._folder = folder
+        self._supervise = supervise
         self._socket = folder / HOST_SOCKET
         self._owned: _Owned | None = None
         self._routers: set[Connection[Inbound]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._linger_timer: asyncio.TimerHandle | None = None
+        self._leaving = False
         self._done = asyncio.Event()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._done.set)
-        self._socket.unlink(missing_ok=True)
+            loop.add_signal_handler(number, self.leave)
+        for left in (self._socket, *self._folder.glob(REPLICA_SOCKETS)):  # by a host process that was killed
+            left.unlink(missing_ok=True)
         server = await loop.create_unix_server(
             lambda: Connection[Inbound](Inbound, self._on_message, self._on_close), self._socket
         )
@@ -91,6 +104,21 @@ class HostProcess:
             task.cancel()
         if self._owned is not None:
             await self._owned.close()
+        for router in self._routers:
+            router.close()
+
+    def leave(self) -> None:
+        """Once what runs is answered; asked again: now."""
+        if self._owned is None or self._leaving:
+            self._done.set()
+        else:
+            self._leaving = True
+            self._spawn(self._drain(self._owned))
+
+    async def _drain(self, owned: _Owned) -> None:
+        log.info("leaving once the replicas have finished what they have")
+        await owned.supervisor.drain()
+        self._done.set()
 
     def _on_message(self, connection: Connection[Inbound], message: Inbound) -> None:
         owned = self._owned
@@ -147,6 +175,7 @@ class HostProcess:
         if connection in self._routers:
             self._routers.discard(connection)
             owned.release(connection)
+            owned.supervisor.scale()
             self._linger()
         elif (record := owned.supervisor.replicas.of(connection)) is not None:
             owned.supervisor.disconnected(record)
@@ -154,11 +183,16 @@ class HostProcess:
     def _greet(self, router: Connection[Inbound], hello: Hello) -> None:
         """Takes a router in; the first one's options are the host process's."""
         try:
-            owned = self._owned = self._owned or _Owned(hello.options, self._folder, self._routers)
+            owned = self._owned = self._owned or _Owned(
+                hello.options, self._folder, self._routers, self._supervise
+            )
         except TunefleetError as error:
             router.send(Refused(message=error.message))
             return
         difference = _difference(owned.options, hello.options)
+        if difference and self._leaving:
+            router.close()  # it comes again, to the next host process
+            return
         if difference:
             text = f"the host process of this store and base runs with another {difference}"
             router.send(Refused(message=f"{text}; stop it first, or set another cache_dir"))
@@ -187,7 +221,13 @@ class HostProcess:
 class _Owned:
     """What a host process owns once it knows its options; tells its routers what becomes of it."""
 
-    def __init__(self, options: HostOptions, folder: Path, routers: set[Connection[Inbound]]) -> None:
+    def __init__(
+        self,
+        options: HostOptions,
+        folder: Path,
+        routers: set[Connection[Inbound]],
+        supervise: Supervise,
+    ) -> None:
         manifest = read_manifest(Path(options.base_dir))
         disk_dir = Path(options.state_dir) / "adapters"
         self.options = options
@@ -206,7 +246,7 @@ class _Owned:
         self.keeper = Keeper(self.lending.tiers)
         self._memory = MemoryMeter(time.monotonic)
         self._routers = routers
-        self.supervisor = Supervisor(options, folder, folder / HOST_SOCKET, self)
+        self.supervisor = supervise(options, folder, folder / HOST_SOCKET, self)
 
     @property
     def num_held(self) -> int:
@@ -228,7 +268,9 @@ class _Owned:
             pss_bytes=self._memory.pss_bytes(pids),
             host_tier=self.lending.tiers.host_bytes(),
             disk_tier=self.lending.tiers.disk_bytes(),
-            last_error=supervisor.last_error,
+            num_held=self.num_held,
+            starts=tuple(supervisor.replicas.starts),
+            errors=tuple(supervisor.errors),
         )
 
     def release(self, router: Connection[Inbound]) -> None:
@@ -248,10 +290,9 @@ class _Owned:
         self.lending.end(record)
 
     def start_refused(self, reason: str, retry_after_s: float) -> None:
+        retry_after_s = math.ceil(retry_after_s * 10) / 10  # sooner would be too soon
         for request_id, router in self.held.items():
-            router.send(
-                WakeFailed(request_id=request_id, message=reason, retry_after_s=round(retry_after_s, 1))
-            )
+            router.send(WakeFailed(request_id=request_id, message=reason, retry_after_s=retry_after_s))
         self.held.clear()
 
     async def close(self) -> None:
@@ -271,7 +312,7 @@ def _prepared_dtype(manifest: Manifest) -> PreparedDtype:
     return known[manifest.dtype]
 
 
-def main() -> None:
+def main(supervise: Supervise = Supervisor) -> None:
     folder = runtime_dir(Path(sys.argv[1]))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     with (folder / "host.lock").open("w") as lock:
@@ -279,7 +320,7 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             sys.exit("another host process serves this state folder")
-        asyncio.run(HostProcess(folder).run())
+        asyncio.run(HostProcess(folder, supervise).run())
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import time
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Protocol
 
@@ -25,16 +25,19 @@ from tunefleet.messages import (
     ReplicaReady,
     ReplicaToHost,
 )
-from tunefleet.runtime.parking import Parking
+from tunefleet.runtime.backoff import Backoff
+from tunefleet.runtime.error_log import ErrorLog
+from tunefleet.runtime.parking import PLATFORM_STARTER
 from tunefleet.runtime.replicas import Record, ReplicaSet
-from tunefleet.runtime.scaler import Load, wanted_replicas
+from tunefleet.runtime.scaler import Limits, Load, ScalerState, decide
+from tunefleet.runtime.starter import Standby, StarterFactory
 from tunefleet.runtime.wire import Connection
 
-BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)  # after start failures in a row
 STARTING = (ReplicaState.NEW, ReplicaState.STARTING)
-LIVE = (ReplicaState.NEW, ReplicaState.STARTING, ReplicaState.READY)
-
-log = logging.getLogger("tunefleet.host")
+LIVE = (*STARTING, ReplicaState.READY)
+LEAST_IDLE_S = 0.1  # what was held for a replica is on its way to it
+LEAVE_S = 3.0  # for a replica to end once it has nothing left to do
+PARK_AGAIN_S = 30.0  # a parked process that ends sooner than this is started again when it is needed
 
 
 class Watcher(Protocol):
@@ -47,7 +50,9 @@ class Watcher(Protocol):
 
     def replicas_changed(self) -> None: ...
 
-    def replica_ready(self) -> None: ...
+    def replica_ready(self) -> None:
+        """Those who are held go there now."""
+        ...
 
     def replica_gone(self, record: Record) -> None: ...
 
@@ -57,108 +62,107 @@ class Watcher(Protocol):
 
 
 class Supervisor:
-    """Owns the parked process and all replicas of a host process, from its first router to its end."""
+    """Owns all replicas and what starts them, from the host process's first router to its end.
 
-    def __init__(self, options: HostOptions, folder: Path, host_socket: Path, watcher: Watcher) -> None:
+    Args:
+        starter: makes what makes replicas' processes.
+    """
+
+    def __init__(
+        self,
+        options: HostOptions,
+        folder: Path,
+        host_socket: Path,
+        watcher: Watcher,
+        *,
+        starter: StarterFactory = PLATFORM_STARTER,
+        backoff: Backoff | None = None,
+    ) -> None:
         self.replicas = ReplicaSet()
-        self.last_error = ""
+        self.errors = ErrorLog()
         self._options = options
+        self._limits = _limits(options)
         self._folder = folder
         self._host_socket = host_socket
         self._watcher = watcher
-        self._parking = Parking(
+        made = starter(
             Path(options.base_dir),
             on_forked=self._on_forked,
             on_reaped=self._on_reaped,
             on_lost=self._on_parked_lost,
         )
+        self._starter = Standby(made, options.standby_ttl_s)
+        self._parked_lost_at = -PARK_AGAIN_S
+        self._backoff = backoff or Backoff()
+        self._scaler = ScalerState()
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._idle_timer: asyncio.TimerHandle | None = None
         self._num_started = 0
-        self._num_failures = 0
-        self._retry_at = 0.0
-        self._closing = False
+        self._ending = False
+        self._empty = asyncio.Event()
         self._spawn(self._park())
 
     @property
     def parked_pid(self) -> int:
         """0 while there is none ready."""
-        return self._parking.pid
+        return self._starter.pid
+
+    # ---- how many
 
     def scale(self) -> None:
         """Starts or drains replicas until there are as many as the scaler wants."""
-        if self._closing:
+        if self._ending:
             return
-        live = self.replicas.in_state(*LIVE)
         now = time.monotonic()
-        wanted = wanted_replicas(
-            Load(
-                num_requests=sum(record.num_requests for record in live) + self._watcher.num_held,
-                num_replicas=len(live),
-                idle_s=min((now - record.busy_at for record in live), default=0.0),
-            ),
-            min_replicas=self._options.min_replicas,
-            max_replicas=self._options.max_replicas,
-            idle_timeout_s=self._options.idle_timeout_s,
-            target_concurrency=self._options.target_concurrency,
-        )
-        for _ in range(wanted - len(live)):
-            self._start(now)
-        idle = [record for record in live if record.state is ReplicaState.READY and not record.num_requests]
-        for record in idle[: max(0, len(live) - wanted)]:
-            self._drain(record)
-        self._arm_idle_timer(now)
-
-    def attach(self, connection: Connection[ReplicaToHost], message: ReplicaHello) -> None:
-        """A replica's process has connected."""
-        record = self._has_process(message.replica_id, message.pid)
-        if record is None:
-            connection.close()  # it was given up: it leaves when its host connection closes
+        live = self.replicas.in_state(*LIVE)
+        wait_s = self._backoff.wait_s(now)
+        if wait_s and self._backoff.is_failing and not self.replicas.in_state(*STARTING):
+            self._watcher.start_refused(self.errors.last, wait_s)
+        num_requests = sum(record.num_requests for record in live) + self._watcher.num_held
+        decision = decide(self._scaler, Load(num_requests, len(live)), now, self._limits)
+        self._scaler, wanted, ask_again_at = decision
+        if wanted > len(live) and wait_s:
+            ask_again_at = now + wait_s
         else:
-            record.connection = connection
+            self._start(wanted - len(live))
+        self._drain_least_loaded(len(live) - wanted)
+        self._starter.set_at_zero(not len(self.replicas))
+        self._ask_again(ask_again_at, now)
 
-    def ready(self, record: Record, message: ReplicaReady) -> None:
-        record.stages = {**message.stages, "start": time.monotonic() - record.created_at}
-        record.busy_at = time.monotonic()
-        self._num_failures = 0
-        self._become(record, ReplicaState.READY)
-        self._watcher.replica_ready()
+    def _ask_again(self, at: float | None, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if at is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(at - now, 0.01), self.scale)
 
-    def loaded(self, record: Record, message: ReplicaLoad) -> None:
-        """A replica's load has changed."""
-        was_busy, record.load = record.num_requests > 0, message
-        if was_busy or record.num_requests:
-            record.busy_at = time.monotonic()
-        self._watcher.replicas_changed()
-        self.scale()
+    def _drain_least_loaded(self, count: int) -> None:
+        """The idle ones first, and of equals the newest."""
+        ready = self.replicas.in_state(ReplicaState.READY)
+        ready.reverse()
+        for record in sorted(ready, key=lambda record: record.num_requests)[: max(0, count)]:
+            self._drain(record)
 
-    def disconnected(self, record: Record) -> None:
-        record.connection = None
-        if record.state is not ReplicaState.DRAINING or not self.parked_pid:  # else: until it is reaped
-            self._gone(record, "its connection closed")
+    # ---- a replica begins
 
-    async def close(self) -> None:
-        """Ends replicas and parked process."""
-        self._closing = True
-        for record in self.replicas:
-            record.send(Drain(timeout_s=0.0))
-        await self._parking.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    def _start(self, count: int) -> None:
+        for _ in range(count):
+            self._num_started += 1
+            replica_id = f"r{self._num_started}"
+            record = Record(replica_id, self._free_device(), self._address(replica_id))
+            self.replicas.add(record)
+            self._empty.clear()
+            self._spawn(self._fork(record))
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._options.cold_start_timeout_s, self._give_up_start, record)
 
-    def _start(self, now: float) -> None:
-        if now < self._retry_at:
-            self._watcher.start_refused(self.last_error, self._retry_at - now)
-            return
-        self._num_started += 1
-        replica_id = f"r{self._num_started}"
-        device = self._options.devices[(self._num_started - 1) % len(self._options.devices)]
-        record = Record(replica_id, device, str(self._folder / f"{replica_id}-{os.getpid()}.sock"))
-        self.replicas.add(record)
-        self._spawn(self._fork(record))
-        loop = asyncio.get_running_loop()
-        loop.call_later(self._options.cold_start_timeout_s, self._give_up_start, record)
+    def _free_device(self) -> str:
+        """The one with the fewest replicas, those that still leave it counted."""
+        used = Counter(record.device for record in self.replicas)
+        return min(self._options.devices, key=lambda device: used[device])
+
+    def _address(self, replica_id: str) -> str:
+        return str(self._folder / f"{replica_id}-{os.getpid()}.sock")
 
     async def _fork(self, record: Record) -> None:
         message = Fork(
@@ -169,92 +173,175 @@ class Supervisor:
             options=self._options,
         )
         try:
-            await self._parking.fork(message)
+            await self._starter.ensure()
+            if self.replicas.get(record.replica_id) is record:  # not given up meanwhile
+                await self._starter.fork(message)
         except TunefleetError as error:
             self._gone(record, error.message)
 
-    def _give_up_start(self, record: Record) -> None:
-        """A replica that hangs before it is READY holds a device and those who wait for it."""
-        if self._closing or record.state not in STARTING:
-            return
-        if record.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(record.pid, signal.SIGKILL)
-        self._gone(record, f"it was not ready after {self._options.cold_start_timeout_s:g} s")
-
     def _on_forked(self, message: Forked) -> None:
-        self._has_process(message.replica_id, message.pid)
+        if self._has_process(message.replica_id, message.pid) is None:
+            _kill(message.pid)  # it was given up
+        if message.instead_of_fork:
+            self.errors.note(f"replica {message.replica_id} was not forked: {message.instead_of_fork}")
+
+    def attach(self, connection: Connection[ReplicaToHost], message: ReplicaHello) -> None:
+        """A replica's process has connected."""
+        record = self.replicas.get(message.replica_id)
+        if record is None or record.connection is not None:
+            connection.close()  # it was given up: it leaves when its host connection closes
+        else:
+            self._has_process(message.replica_id, message.pid)
+            record.connection = connection
 
     def _has_process(self, replica_id: str, pid: int) -> Record | None:
-        """Heard from the parked process or from the replica itself, whichever is first."""
+        """Heard from what started it or from the replica itself, whichever is first."""
         record = self.replicas.get(replica_id)
-        if record is not None and record.state is ReplicaState.NEW:
-            record.pid, record.started_at = pid, time.time()
-            self._become(record, ReplicaState.STARTING)
+        if record is not None:
+            record.pid = pid
+            if record.state is ReplicaState.NEW:
+                record.started_at = time.time()
+                self._become(record, ReplicaState.STARTING)
         return record
+
+    def ready(self, record: Record, message: ReplicaReady) -> None:
+        if message.address != record.address:
+            self._hang_up(record)  # an earlier host process's replica, with the number of one of ours
+            return
+        record.stages = {**message.stages, "start": time.monotonic() - record.created_at}
+        self._backoff.started()
+        self._become(record, ReplicaState.READY)
+        self._watcher.replica_ready()
+        self.scale()
+
+    def _give_up_start(self, record: Record) -> None:
+        """A replica that hangs before it is READY holds a device and those who wait for it."""
+        if record.state in STARTING:
+            _kill(record.pid)
+            self._gone(record, f"it was not ready after {self._options.cold_start_timeout_s:g} s")
+
+    # ---- a replica works
+
+    def loaded(self, record: Record, message: ReplicaLoad) -> None:
+        """A replica's load has changed."""
+        record.load = message
+        self._watcher.replicas_changed()
+        self.scale()
+
+    # ---- a replica ends
 
     def _drain(self, record: Record) -> None:
         self._become(record, ReplicaState.DRAINING)
-        record.send(Drain(timeout_s=self._options.drain_timeout_s))
+        timeout_s = self._options.drain_timeout_s
+        record.send(Drain(timeout_s=timeout_s))
+        asyncio.get_running_loop().call_later(timeout_s + LEAVE_S, self._give_up_drain, record)
+
+    def _give_up_drain(self, record: Record) -> None:
+        if record.state is ReplicaState.DRAINING:
+            _kill(record.pid)
+            self._gone(record, "it did not leave in time")
+
+    def disconnected(self, record: Record) -> None:
+        record.connection = None
+        if record.state is ReplicaState.READY or record.is_orphan:
+            self._gone(record, "its connection closed")  # else it says more, and is gone, once it is reaped
 
     def _on_reaped(self, message: Reaped) -> None:
+        Path(self._address(message.replica_id)).unlink(missing_ok=True)  # it may have had no time to
         record = self.replicas.get(message.replica_id)
         if record is not None:
-            self._gone(record, _cause(message.exit_code))
+            killed = message.exit_code == -signal.SIGKILL
+            blame = self._backoff.start_killed if killed else self._backoff.start_failed
+            self._gone(record, _cause(message), blame)
         elif message.exit_code != 0:  # its connection closed first; this says why
-            self.last_error = f"replica {message.replica_id}: {_cause(message.exit_code)}"
+            self.errors.note(f"replica {message.replica_id}: {_cause(message)}")
             self._watcher.replicas_changed()
 
-    def _gone(self, record: Record, cause: str, *, forker_lost: bool = False) -> None:
+    def _gone(self, record: Record, cause: str, blame: Callable[[float], None] | None = None) -> None:
         """A replica's process is gone, or never came to be.
 
         Args:
-            forker_lost: it isn't to blame for that: those who are held wait for the next one.
+            blame: as what it counts if it wasn't READY yet; by default as a start that failed.
         """
         if self.replicas.get(record.replica_id) is not record:
             return
-        was_starting = record.state in STARTING
+        self._hang_up(record)
+        Path(record.address).unlink(missing_ok=True)
         if record.state is ReplicaState.DRAINING:
             self._become(record, ReplicaState.STOPPED)
         else:
-            self.last_error = f"replica {record.replica_id}: {cause}"
-            log.error("%s", self.last_error)
+            self.errors.note(f"replica {record.replica_id}: {cause}")
+            was_starting = record.state in STARTING
             self._become(record, ReplicaState.FAILED)
+            (blame or self._backoff.start_failed if was_starting else self._backoff.died)(time.monotonic())
         self._watcher.replica_gone(record)
-        if was_starting and not forker_lost:
-            delay = BACKOFF_S[min(self._num_failures, len(BACKOFF_S) - 1)]
-            self._num_failures += 1
-            self._retry_at = time.monotonic() + delay
-            self._watcher.start_refused(self.last_error, delay)
+        if not len(self.replicas):
+            self._empty.set()
         self.scale()
+
+    def _hang_up(self, record: Record) -> None:
+        """Whoever is there leaves at that."""
+        connection, record.connection = record.connection, None
+        if connection is not None:
+            connection.close()
 
     def _become(self, record: Record, state: ReplicaState) -> None:
         self.replicas.become(record, state)
         self._watcher.replicas_changed()
 
-    def _on_parked_lost(self) -> None:
-        log.error("the parked process is gone; starting another")
+    # ---- all replicas end
+
+    async def drain(self) -> None:
+        """Starts nothing more; returns when the replicas have finished what they have, or were given up."""
+        self._end_starts()
+        for record in self.replicas.in_state(ReplicaState.READY):
+            self._drain(record)
+        if len(self.replicas):
+            await self._empty.wait()
+
+    async def close(self) -> None:
+        """Ends replicas and what starts them, now."""
+        self._end_starts()
         for record in self.replicas:
+            record.send(Drain(timeout_s=0.0))
+        if len(self.replicas):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), LEAVE_S)
+        for record in self.replicas:
+            _kill(record.pid)
+            self._hang_up(record)
+            Path(record.address).unlink(missing_ok=True)
+        await self._starter.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _end_starts(self) -> None:
+        """No more of them, and those that aren't READY have nobody's request yet."""
+        self._ending = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for record in self.replicas.in_state(*STARTING):
+            _kill(record.pid)
+            self._gone(record, "the host process is leaving")
+
+    # ---- the parked process
+
+    def _on_parked_lost(self) -> None:
+        self.errors.note("the parked process is gone")
+        for record in self.replicas:
+            record.is_orphan = True
             if record.state is ReplicaState.NEW or record.connection is None:  # whose end nobody would tell
-                self._gone(record, "the parked process ended", forker_lost=True)
-        if not self._closing:
+                self._gone(record, "the parked process ended", self._backoff.died)
+        now = time.monotonic()
+        is_first, self._parked_lost_at = now - self._parked_lost_at > PARK_AGAIN_S, now
+        if is_first and not self._ending:
             self._spawn(self._park())
 
     async def _park(self) -> None:
         """Has a parked process ready before the first request asks for it."""
         with contextlib.suppress(TunefleetError):  # told to whoever asks for a replica
-            await self._parking.ensure()
-
-    def _arm_idle_timer(self, now: float) -> None:
-        """Scales again when the time of the last replica that fell idle is up."""
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-            self._idle_timer = None
-        ready = self.replicas.in_state(ReplicaState.READY)
-        idle = [record.busy_at for record in ready if not record.num_requests]
-        if idle and len(self.replicas.in_state(*LIVE)) > self._options.min_replicas:
-            delay = max(idle) + self._options.idle_timeout_s - now
-            self._idle_timer = asyncio.get_running_loop().call_later(max(delay, 0.01), self.scale)
+            await self._starter.ensure()
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -262,7 +349,25 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
 
 
-def _cause(exit_code: int) -> str:
-    if exit_code < 0:
-        return f"ended by {signal.Signals(-exit_code).name}"
-    return f"ended with exit code {exit_code}"
+def _limits(options: HostOptions) -> Limits:
+    return Limits(
+        min_replicas=options.min_replicas,
+        max_replicas=options.max_replicas,
+        target_concurrency=options.target_concurrency,
+        idle_timeout_s=max(options.idle_timeout_s, LEAST_IDLE_S),
+        scale_down_delay_s=options.scale_down_delay_s,
+    )
+
+
+def _kill(pid: int) -> None:
+    if pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _cause(end: Reaped) -> str:
+    if end.reason:
+        return end.reason
+    if end.exit_code < 0:
+        return f"ended by {signal.Signals(-end.exit_code).name}"
+    return f"ended with exit code {end.exit_code}"

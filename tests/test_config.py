@@ -52,6 +52,13 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: object
     assert caught.value.param in (name, "database_url")
 
 
+def test_more_replicas_kept_than_there_may_be_are_refused() -> None:
+    assert resolve(keywords={"min_replicas": 2, "max_replicas": 2}, environ={}).min_replicas == 2
+    with pytest.raises(ConfigError, match="max_replicas, which is 2") as caught:
+        resolve(keywords={"min_replicas": 3, "max_replicas": 2}, environ={})
+    assert caught.value.param == "min_replicas"
+
+
 def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"idle_timeout'.*idle_timeout_s"):
         resolve(keywords={"idle_timeout": 3}, environ={})
