@@ -64,6 +64,7 @@ class Activations:
         """Maps a prepared file.
 
         Raises:
+            FileNotFoundError: it was removed since it was offered.
             AdapterLoadFailed: it can't be read, or is not for this base.
         """
         self._loaded[digest] = _Loaded(map_prepared(path, self._linears), download_s, load_s)

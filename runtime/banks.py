@@ -45,6 +45,7 @@ def map_prepared(path: Path, linears: Mapping[str, LinearSpec]) -> Prepared:
     """Maps a prepared file and checks that it is one, whole, and for this base.
 
     Raises:
+        FileNotFoundError: it was removed since it was offered.
         AdapterLoadFailed: it isn't, or can't be read.
     """
     try:
@@ -54,6 +55,8 @@ def map_prepared(path: Path, linears: Mapping[str, LinearSpec]) -> Prepared:
         targets = frozenset(json.loads(metadata["targets"]))
         rank_class = rank_class_of(int(metadata["rank"]))
         prepared = Prepared(metadata["digest"], rank_class, values, targets)
+    except FileNotFoundError:
+        raise
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise AdapterLoadFailed(f"the prepared adapter can't be read: {error}") from error
     misfit = _misfit(prepared, metadata.get("layout"), linears)

@@ -7,6 +7,7 @@ function.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from tunefleet.runtime.sequence import Sequence
 from tunefleet.runtime.slots import SlotTable
 from tunefleet.runtime.trials import TrialOf, trial_of
 
+MAX_OFFERS = 3  # of a prepared file that is not there, before its requests fail
 MAX_BARREN_STEPS = 3  # in which nothing but exceptions came out: the fault is not the sequences'
 
 log = logging.getLogger("tunefleet.engine")
@@ -98,6 +100,7 @@ class Engine:
         self._vocab_size = manifest.vocab_size
         self._clock = clock
         self._fetching: set[str] = set()
+        self._num_gone: collections.Counter[str] = collections.Counter()  # offered files that weren't there
         self._activations = Activations(self.scheduler, self.banks, manifest.linears, clock)
         self._runner = Runner(model, self.kv, self.rows, self.banks, device)
         self._rewrites = Rewrites(model, manifest, device)
@@ -135,10 +138,20 @@ class Engine:
             self.scheduler.finish(sequence, FinishReason.CANCELLED)
 
     def adapter_loaded(self, digest: str, path: Path, download_s: float, load_s: float) -> None:
-        """Maps a prepared file; its sequences join as soon as there is a slot."""
+        """Maps a prepared file; its sequences join as soon as there is a slot.
+
+        One that is gone by now is fetched again: the same bytes were forgotten for one user, and another has
+        them, or another host process keeps the folder.
+        """
         self._fetching.discard(digest)
         try:
             self._activations.take(digest, path, download_s, load_s)
+            self._num_gone.pop(digest, None)
+        except FileNotFoundError as error:
+            self._num_gone[digest] += 1
+            if self._num_gone[digest] == MAX_OFFERS:
+                message = f"the prepared adapter is gone, {MAX_OFFERS} times in a row: {error}"
+                self.adapter_failed(digest, message, "adapter_unavailable", retry_after_s=1.0)
         except AdapterLoadFailed as error:
             self.adapter_failed(digest, error.message, error.code, retry_after_s=1.0)
 
@@ -151,6 +164,7 @@ class Engine:
             key: of the objects that failed; those who have the same adapter under another key wait on.
         """
         self._fetching.discard(digest)
+        self._num_gone.pop(digest, None)
         for sequence in list(self.scheduler.waiting):
             ref = sequence.adapter
             if ref is not None and ref.digest == digest and key in (None, ref.key):

@@ -24,6 +24,7 @@ from engine_kit import (
 )
 from tunefleet.core import FinishReason, Manifest, SamplingParams
 from tunefleet.messages import Submit
+from tunefleet.runtime.engine import MAX_OFFERS
 from tunefleet.runtime.lora import LoraLayer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -222,6 +223,23 @@ def test_a_broken_prepared_file_ends_only_its_own_sequences(tiny: Tiny, tmp_path
     driver.step()
     assert driver.answers["bad"].error_code == "adapter_load_failed"
     assert driver.answers["good"].finish_reason is FinishReason.LENGTH
+
+
+def test_a_prepared_file_that_is_gone_is_fetched_again_but_not_for_ever(tiny: Tiny, tmp_path: Path) -> None:
+    engine = new_engine(tiny.folder, tiny.manifest)
+    ref = tiny.adapters[0].ref
+    for request_id, num_gone in (("comes back", MAX_OFFERS - 1), ("never there", MAX_OFFERS)):
+        engine.evict(ref.digest)
+        engine.add(Submit(request_id=request_id, prompt=(3, 4), sampling=greedy(5), adapter=ref))
+        for _ in range(num_gone):
+            assert engine.missing_adapters() == [ref]
+            engine.adapter_loaded(ref.digest, tmp_path / "gone.safetensors", 0.0, 0.0)
+        if engine.missing_adapters():
+            engine.adapter_loaded(ref.digest, tiny.adapters[0].prepared, 0.0, 0.0)
+        news = [progress for _ in range(5) for progress in engine.step()]
+        failed = request_id == "never there"
+        assert ("adapter_unavailable" if failed else "") == news[-1].error_code
+        assert len(news) == (1 if failed else 5)
 
 
 def test_a_sequence_whose_logits_are_not_finite_ends_alone_and_leaves_nothing_behind(tiny: Tiny) -> None:
