@@ -156,18 +156,22 @@ class MachineRun:
         """Hands the sequence to a replica, with what earlier ones generated."""
         started = time.monotonic()
         is_first = not self.replica_id
-        digest = self._work.adapter.digest if self._work.adapter else None
-        while self._channel is None:
-            placed = self._placed = await self._placing.place(self._work.request_id, digest)
-            try:
-                self._channel = await self._channels.channel(placed.replica)
-            except OSError:
-                self._give_back()
+        placed, self._channel = await self._reach()
         self.replica_id, self._address = placed.replica.replica_id, placed.replica.address
         if is_first and placed.was_held:
             self.wake_s = time.monotonic() - started
         if not self._finished:  # else it was closed meanwhile
             self._queue = self._channel.submit(self._continued(), self._give_back)
+
+    async def _reach(self) -> tuple[Placed, Channel]:
+        """A place, and the way there."""
+        digest = self._work.adapter.digest if self._work.adapter else None
+        while True:
+            placed = self._placed = await self._placing.place(self._work.request_id, digest)
+            try:
+                return placed, await self._channels.channel(placed.replica)
+            except OSError:
+                self._give_back()
 
     def _continued(self) -> Submit:
         return msgspec.structs.replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -73,7 +73,7 @@ async def answer(machine: Machine, request_id: str) -> list[int]:
     return [token async for progress in machine.submit(work(request_id)) for token in progress.tokens]
 
 
-def answers(machine: Machine, *names: str) -> Coroutine[object, object, list[list[int] | BaseException]]:
+def answers(machine: Machine, *names: str) -> asyncio.Future[list[list[int] | BaseException]]:
     return asyncio.gather(*(answer(machine, name) for name in names), return_exceptions=True)
 
 
@@ -193,7 +193,7 @@ def test_a_burst_at_zero_fills_the_replicas_that_start_and_starts_no_more(tmp_pa
         async with fleet(tmp_path, max_replicas=3) as made:
             machine = await made.router()
             made.replicas.may_start.clear()
-            burst = asyncio.ensure_future(answers(machine, *map(str, range(24))))
+            burst = answers(machine, *map(str, range(24)))
             while machine.num_held < 24:
                 await asyncio.sleep(0)
             made.replicas.may_start.set()
@@ -209,7 +209,7 @@ def test_so_many_requests_are_held_and_no_more(tmp_path: Path) -> None:
         async with fleet(tmp_path, max_queue=3) as made:
             machine = await made.router()
             made.replicas.may_start.clear()
-            held = asyncio.ensure_future(answers(machine, "a", "b", "c"))
+            held = answers(machine, "a", "b", "c")
             while machine.num_held < 3:
                 await asyncio.sleep(0)
             with pytest.raises(CapacityError, match="3 requests wait") as refused:
@@ -271,7 +271,7 @@ def test_a_start_that_fails_holds_nobody_who_has_a_replica_to_queue_on(tmp_path:
             machine = await made.router()
             await machine.warmup()
             made.replicas.all[0].stepping.clear()
-            running = asyncio.ensure_future(answers(machine, *map(str, range(8))))
+            running = answers(machine, *map(str, range(8)))
             while made.replicas.all[0].num_running < 8:
                 await asyncio.sleep(0)
             made.replicas.may_start.clear()
