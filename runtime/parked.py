@@ -99,7 +99,7 @@ def why_unsafe() -> str:
     """Why this process must not be forked; empty: it may be."""
     if num_threads() != 1:
         return f"has {num_threads()} threads, and a fork would have locks that nobody opens"
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return "has opened the GPU, and a fork can't use it"
     return ""
 

@@ -98,7 +98,7 @@ class Staging:
 
     def copy(self, source: torch.UntypedStorage) -> torch.UntypedStorage:
         """Memory on the device that holds the same bytes, once ``wait`` has returned."""
-        target = torch.UntypedStorage(source.nbytes(), device=self.device)
+        target = torch.UntypedStorage(source.nbytes(), device=self.device)  # type: ignore[no-untyped-call]
         for chunk, place in zip(self._chunks(source), self._chunks(target), strict=True):
             next(self._turns).send(chunk, place)
         return target
@@ -111,4 +111,4 @@ class Staging:
     def _chunks(self, storage: torch.UntypedStorage) -> Iterable[torch.Tensor]:
         """Views of its bytes, none larger than a buffer; none of an empty one."""
         content = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        return content.split(self._chunk_bytes) if content.numel() else ()
+        return torch.split(content, self._chunk_bytes) if content.numel() else ()

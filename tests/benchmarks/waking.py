@@ -71,8 +71,9 @@ async def _first_token(bench: Bench, machine: Machine, ref: AdapterRef) -> Stage
     async for progress in run:
         if progress.timing is not None:
             seconds = time.monotonic() - started
-            stages = {**_start(machine, run.replica_id), "wake": run.wake_s, **_request(progress.timing)}
-            stages[FIRST_TOKEN] = seconds
+            parts = {"wake": run.wake_s, **_request(progress.timing)}
+            parts["the rest"] = seconds - sum(parts.values())
+            stages = {**_start(machine, run.replica_id), **parts, FIRST_TOKEN: seconds}
     return stages
 
 
