@@ -143,8 +143,12 @@ class AnyHistory(RuleBasedStateMachine):
         """One step of an engine; ``ends_amid``: its first sequence ends between forward and advance."""
         self.engine.join()
         self.scheduler.check()
+        was_mostly_decoding = self.is_mostly_decoding()
         batch = self.engine.schedule()
         self.limits_hold(batch)
+        if was_mostly_decoding and self.is_mostly_decoding():  # whoever was preempted meanwhile
+            prompts = [entry.num_tokens for entry in batch.scheduled if entry.sequence.num_uncomputed > 1]
+            assert sum(prompts) <= self.limits["max_prefill_tokens"]
         self.trials_hold(batch)
         if ends_amid and batch.scheduled:
             self.scheduler.finish(batch.scheduled[0].sequence, FinishReason.ERROR)
@@ -157,9 +161,11 @@ class AnyHistory(RuleBasedStateMachine):
         assert bool(batch.scheduled) == bool(self.scheduler.running)
         lone = [entry.num_tokens == 1 for entry in batch.scheduled]
         assert sorted(lone, reverse=True) == lone
-        decodes = sum(entry.sequence.num_uncomputed == 1 for entry in batch.scheduled)
-        if decodes or any(s.num_uncomputed == 1 for s in self.scheduler.running if not s.suspect):
-            assert num_tokens - decodes <= self.limits["max_prefill_tokens"]
+
+    def is_mostly_decoding(self) -> bool:
+        """Of those who aren't suspect, half at least."""
+        decoding = [s.num_uncomputed == 1 for s in self.scheduler.running if not s.suspect]
+        return any(decoding) and 2 * sum(decoding) >= len(decoding)
 
     def trials_hold(self, batch: Batch) -> None:
         """The oldest suspect runs alone, and between any two such steps all others do."""
