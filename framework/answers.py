@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tunefleet.core import ColdStart, FinishReason, ReplicaInfo, Usage
+from tunefleet.core import ColdStart, FinishReason, LoggedError, ReplicaInfo, ReplicaStart, Usage
 
 BASE_DIGEST = "base"  # the digest of an answer that no adapter took part in
 
@@ -97,19 +97,31 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     served: Served | None = None
 
 
+class TierUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Copies of adapters in one tier of a machine."""
+
+    num_adapters: int
+    used_bytes: int
+    max_bytes: int
+
+
 class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What runs where."""
+    """What runs where, on this router's machine."""
 
     version: str  # of tunefleet
+    versions: dict[str, str]  # of what it runs on, by package
     base: str
     base_id: str
     max_model_len: int  # tokens
+    at_zero: bool  # no replica has a process, nothing is on a device
     replicas: tuple[ReplicaInfo, ...]
+    num_held: int  # requests that wait for a replica
+    tiers: dict[str, TierUsage]  # device (of all replicas), host, disk
     host_pid: int
-    parked_pid: int
+    parked_pid: int  # 0: there is no parked process now
     pss_bytes: dict[str, int]  # proportional memory of host and parked process
-    host_tier: dict[str, int]  # digest -> bytes
-    last_error: str = ""
+    starts: tuple[ReplicaStart, ...] = ()  # the latest ones, the last one last
+    errors: tuple[LoggedError, ...] = ()  # the latest ones, the last one last
 
 
 class Warm(msgspec.Struct, frozen=True, kw_only=True):

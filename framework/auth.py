@@ -41,6 +41,11 @@ class Caller(msgspec.Struct, frozen=True):
         if self.user_id is not None:
             check_user_id(self.user_id)
 
+    @property
+    def is_admin(self) -> bool:
+        """Of the whole deployment: sees what isn't any one tenant's."""
+        return "admin" in self.scopes and self.user_id is None
+
     def require(self, scope: str) -> None:
         """Raises AuthError (``forbidden``) unless the caller has ``scope``."""
         allowed = (

@@ -145,15 +145,39 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     replica_id: str
     state: ReplicaState
-    address: str  # Unix socket path; empty before READY
+    address: str  # opaque, for runtime.addresses alone; empty before READY
     device: str
     pid: int = 0
     num_running: int = 0
     num_waiting: int = 0
     num_steps: int = 0
+    num_tokens: int = 0  # that it generated; whoever looks twice knows how fast it is
     digests: tuple[str, ...] = ()  # adapters in slots
+    num_adapters: int = 0  # as many digests, for those who may not see them
+    num_adapters_in_use: int = 0  # of them, by running sequences
+    num_slots: int = 0
+    adapter_bytes: int = 0  # of device memory that the adapters' slots take
+    kv_tokens: int = 0  # that rows in use have room for
+    max_kv_tokens: int = 0
+    since: float = 0.0  # unix seconds when it came into its state
     started_at: float = 0.0  # unix seconds
     stages: dict[str, float] = {}  # seconds of each stage of its start
+
+
+class ReplicaStart(msgspec.Struct, frozen=True, kw_only=True):
+    """A start that ended in a READY replica, which may be gone by now."""
+
+    replica_id: str
+    device: str
+    ready_at: float  # unix seconds
+    stages: dict[str, float]  # seconds
+
+
+class LoggedError(msgspec.Struct, frozen=True, kw_only=True):
+    """Something of the machine that failed."""
+
+    at: float  # unix seconds
+    message: str
 
 
 class Usage(msgspec.Struct, frozen=True):

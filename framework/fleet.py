@@ -208,21 +208,9 @@ class Fleet:
 
     async def status(self) -> FleetStatus:
         """What runs where; wakes nothing."""
-        from tunefleet import __version__
+        from tunefleet.fleet_status import fleet_status
 
-        machine = await self.dispatcher.status()
-        return FleetStatus(
-            version=__version__,
-            base=self.manifest.name,
-            base_id=self.manifest.base_id,
-            max_model_len=self.generations.max_model_len,
-            replicas=machine.replicas,
-            host_pid=machine.pid,
-            parked_pid=machine.parked_pid,
-            pss_bytes=machine.pss_bytes,
-            host_tier=machine.host_tier,
-            last_error=machine.last_error,
-        )
+        return fleet_status(await self.dispatcher.status(), self.manifest, self.options)
 
     @property
     def _opened(self) -> _Open:

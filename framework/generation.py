@@ -16,6 +16,7 @@ from tunefleet.choices import ChoiceText, TextDelta, merged
 from tunefleet.core import ColdStart, FinishReason, Usage
 from tunefleet.errors import ReplicaError
 from tunefleet.messages import Progress, Timing
+from tunefleet.metrics import RequestRecord
 from tunefleet.open_requests import OpenRequest
 from tunefleet.runtime.dispatch import Run
 
@@ -49,7 +50,13 @@ class Generation:
     numbers are known from the first delta on.
     """
 
-    def __init__(self, sequences: Sequence[RunningChoice], accepted: Accepted, entered: OpenRequest) -> None:
+    def __init__(
+        self,
+        sequences: Sequence[RunningChoice],
+        accepted: Accepted,
+        entered: OpenRequest,
+        record: RequestRecord,
+    ) -> None:
         self.accepted = accepted
         self.timing: dict[str, float] = {}
         self.cold_start: ColdStart | None = None
@@ -58,6 +65,7 @@ class Generation:
         self._num_cached = 0  # tokens of the first choice's prompt
         self._sequences = sequences
         self._entered = entered
+        self._record = record
         entered.on_end = self._cancel
         self._deltas = self._iterate()
 
@@ -75,6 +83,7 @@ class Generation:
     async def aclose(self) -> None:
         """Frees the rows and slots of sequences that still run. Safe to call again."""
         self._entered.close()
+        self._record.ended(FinishReason.CANCELLED, self.usage)  # if it hasn't ended before
         await self._cancel()
         await self._deltas.aclose()
 
@@ -135,23 +144,24 @@ class Generation:
 
     async def _iterate(self) -> AsyncGenerator[TextDelta]:
         """The first delta comes with the first token, even if that makes no text yet."""
-        async with contextlib.aclosing(merged([sequence.run for sequence in self._sequences])) as news:
-            while (item := await self._entered.next_of(news)) is not None:
-                index, progress = item
-                sequence = self._sequences[index]
-                if sequence.is_over:  # a stop string ended it, which its replica learned later
-                    continue
-                is_first = self.cold_start is None
-                self._note(index, progress)
-                delta = sequence.text.push(progress, index)
-                if delta.finish_reason is not None:
-                    await self._end(sequence, delta.finish_reason, progress)
-                is_last = delta.finish_reason is not None and self.is_over
-                if is_first or delta.text or delta.logprobs or delta.finish_reason:
-                    yield delta
-                if is_last:
-                    return
-        raise ReplicaError(f"the answer of {self.accepted.request_id} ended before it was complete")
+        with self._record.failures():
+            async with contextlib.aclosing(merged([sequence.run for sequence in self._sequences])) as news:
+                while (item := await self._entered.next_of(news)) is not None:
+                    index, progress = item
+                    sequence = self._sequences[index]
+                    if sequence.is_over:  # a stop string ended it, which its replica learned later
+                        continue
+                    is_first = self.cold_start is None
+                    self._note(index, progress)
+                    delta = sequence.text.push(progress, index)
+                    if delta.finish_reason is not None:
+                        await self._end(sequence, delta.finish_reason, progress)
+                    is_last = delta.finish_reason is not None and self.is_over
+                    if is_first or delta.text or delta.logprobs or delta.finish_reason:
+                        yield delta
+                    if is_last:
+                        return
+            raise ReplicaError(f"the answer of {self.accepted.request_id} ended before it was complete")
 
     async def _end(self, sequence: RunningChoice, reason: FinishReason, progress: Progress) -> None:
         if reason in {FinishReason.ERROR, FinishReason.CANCELLED}:
@@ -163,6 +173,7 @@ class Generation:
             await sequence.run.aclose()
         if self.is_over:
             self._entered.close()
+            self._record.ended(reason, self.usage)
 
     async def _cancel(self) -> None:
         running = [sequence for sequence in self._sequences if not sequence.is_over]
@@ -177,6 +188,7 @@ class Generation:
             self._num_cached = progress.timing.cached_tokens
         if self.cold_start is None:
             self._note_first(self._sequences[index].run, progress.timing or Timing())
+        self._record.generated(index, len(progress.tokens))
 
     def _note_first(self, run: Run, timing: Timing) -> None:
         warm = ColdStart.ADAPTER if timing.adapter_cold else ColdStart.NONE
@@ -190,6 +202,10 @@ class Generation:
             "prefill": timing.prefill_s,
             "first_token": time.perf_counter() - self.accepted.started_at,
         }
+        self._entered.is_answering = True
+        self._record.began(
+            self.timing, self.accepted.num_prompt, self._num_cached, adapter_cold=timing.adapter_cold
+        )
 
 
 def _choice(index: int, deltas: Sequence[TextDelta]) -> Choice:

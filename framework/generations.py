@@ -16,9 +16,10 @@ from tunefleet.answers import BASE_DIGEST
 from tunefleet.choices import ChoiceText
 from tunefleet.config import Options, context_length
 from tunefleet.core import DEFAULT_ADAPTER, AdapterRef, Manifest, SamplingParams
-from tunefleet.errors import AdapterNotFound, RequestInvalid
+from tunefleet.errors import AdapterNotFound, RequestInvalid, TunefleetError
 from tunefleet.generation import Accepted, Generation, RunningChoice
 from tunefleet.messages import Submit
+from tunefleet.metrics import Metrics
 from tunefleet.open_requests import OpenRequest, OpenRequests, Owner
 from tunefleet.openai_api import ChatRequest, CompletionRequest
 from tunefleet.runtime.dispatch import Dispatcher
@@ -50,6 +51,7 @@ class Generations:
         self._store = store
         self._dispatcher = dispatcher
         self.open_requests = OpenRequests()
+        self.metrics = Metrics(self.open_requests)
         self.max_model_len = context_length(options, manifest)
 
     async def start(
@@ -100,8 +102,10 @@ class Generations:
         entered = self.open_requests.enter(Owner(target.tenant, target.user_id))
         try:
             yield entered
-        except BaseException:
+        except BaseException as error:
             entered.close()
+            if isinstance(error, TunefleetError):
+                self.metrics.requests.rejected(error)
             raise
 
     def _begun(
@@ -120,7 +124,8 @@ class Generations:
             )
             for index in range(num_choices)
         ]
-        return Generation(sequences, accepted, entered)
+        record = self.metrics.requests.record(accepted.started_at, has_adapter=work.adapter is not None)
+        return Generation(sequences, accepted, entered, record)
 
     def _accepted(self, work: Submit, target: Target, version: int, started_at: float) -> Accepted:
         return Accepted(

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 import msgspec
 
-from tunefleet.core import DEFAULT_TENANT, AdapterRef, FinishReason, PinTier, ReplicaInfo, SamplingParams
+from tunefleet.core import (
+    DEFAULT_TENANT,
+    AdapterRef,
+    FinishReason,
+    LoggedError,
+    PinTier,
+    ReplicaInfo,
+    ReplicaStart,
+    SamplingParams,
+)
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
@@ -26,6 +35,8 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_replicas: int
     target_concurrency: int
     idle_timeout_s: float
+    scale_down_delay_s: float
+    standby_ttl_s: float
     drain_timeout_s: float
     cold_start_timeout_s: float
     step_timeout_s: float
@@ -62,6 +73,7 @@ class Forget(Message, frozen=True):
     """Drop every copy of an adapter on this machine (it was deleted). Answered by Forgotten."""
 
     digest: str
+    keys: tuple[str, ...] = ()  # of its objects: what comes from others' goes on; none: whatever there is
 
 
 class HeldAdapter(msgspec.Struct, frozen=True):
@@ -121,6 +133,7 @@ class Forgotten(Message, frozen=True):
     host: int = 0
     device: int = 0
     in_use: int = 0  # replicas that still run a sequence with it, and drop it right after
+    keys: tuple[str, ...] = ()  # as asked
 
 
 class Status(Message, frozen=True):
@@ -130,7 +143,13 @@ class Status(Message, frozen=True):
     pss_bytes: dict[str, int]  # proportional memory of host and parked process
     host_tier: dict[str, int]  # digest -> bytes
     disk_tier: dict[str, int] = {}  # digest -> bytes
-    last_error: str = ""
+    num_held: int = 0  # requests that wait for a replica
+    starts: tuple[ReplicaStart, ...] = ()  # the latest ones, the last one last
+    errors: tuple[LoggedError, ...] = ()  # the latest ones, the last one last
+
+    @property
+    def last_error(self) -> str:
+        return self.errors[-1].message if self.errors else ""
 
 
 # router -> replica
@@ -230,10 +249,18 @@ class ReplicaReady(Message, frozen=True):
 
 
 class ReplicaLoad(Message, frozen=True):
+    """What a replica says of itself; the same fields of ReplicaInfo say what they are."""
+
     num_running: int
     num_waiting: int
     num_steps: int
     digests: tuple[str, ...]
+    num_tokens: int = 0
+    num_adapters_in_use: int = 0
+    num_slots: int = 0
+    adapter_bytes: int = 0
+    kv_tokens: int = 0
+    max_kv_tokens: int = 0
 
 
 class FetchAdapter(Message, frozen=True):
@@ -297,12 +324,21 @@ class Fork(Message, frozen=True):
 class Forked(Message, frozen=True):
     replica_id: str
     pid: int
+    instead_of_fork: str = ""  # why it is a fresh process, where it should have been forked
+
+
+class ForkRefused(Message, frozen=True):
+    """Forking is not safe, or the system refuses it; the parked process stays."""
+
+    replica_id: str
+    reason: str
 
 
 class Reaped(Message, frozen=True):
     replica_id: str
     pid: int
     exit_code: int  # negative: the signal that ended it
+    reason: str = ""  # what it said itself, where it could
 
 
 class Parked(Message, frozen=True):
@@ -325,4 +361,4 @@ ReplicaToRouter = Step | Rejected | Trial
 ReplicaToHost = ReplicaHello | ReplicaReady | ReplicaLoad | FetchAdapter | AdapterMapped | Evicted
 HostToReplica = Drain | AdapterReady | AdapterUnavailable | Evict
 HostToParked = Fork
-ParkedToHost = Parked | ParkFailed | Forked | Reaped
+ParkedToHost = Parked | ParkFailed | Forked | ForkRefused | Reaped

@@ -41,6 +41,11 @@ class OpenRequests:
     def __len__(self) -> int:
         return sum(map(len, self._open.values()))
 
+    @property
+    def num_waiting(self) -> int:
+        """Without a token yet."""
+        return sum(not request.is_answering for requests in self._open.values() for request in requests)
+
     def _leave(self, owner: Owner, request: OpenRequest) -> None:
         requests = self._open.get(owner, set())
         requests.discard(request)
@@ -53,6 +58,7 @@ class OpenRequest:
 
     def __init__(self, leave: Callable[[], None]) -> None:
         self.on_end: Callable[[], Awaitable[None]] | None = None  # cancels its sequence, once there is one
+        self.is_answering = False  # its first token is there
         self._leave = leave
         self._error: TunefleetError | None = None
         self._wait: asyncio.Timeout | None = None

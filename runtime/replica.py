@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,7 +41,9 @@ from tunefleet.messages import (
     RouterToReplica,
     Step,
     Submit,
+    Trial,
 )
+from tunefleet.runtime import staging
 from tunefleet.runtime.engine import Engine, EngineLimits
 from tunefleet.runtime.watchdog import Watchdog
 from tunefleet.runtime.wire import Connection
@@ -69,7 +73,7 @@ async def _serve(model: nn.Module, manifest: Manifest, fork: Fork, started: floa
     device = torch.device(fork.device)
     forked_s = time.time() - started
     begin = time.monotonic()
-    engine = Engine(model.to(device), manifest, _limits(fork), time.monotonic, device)
+    engine = Engine(staging.open_on(model, device), manifest, _limits(fork), time.monotonic, device)
     stages = {"fork": forked_s, "engine": time.monotonic() - begin}
     await ReplicaProcess(engine, fork).run(stages)
 
@@ -93,6 +97,7 @@ class ReplicaProcess:
         self._engine = engine
         self._fork = fork
         self._host: Connection[HostToReplica] | None = None
+        self._routers: set[Connection[RouterToReplica]] = set()
         self._owners: dict[str, Connection[RouterToReplica]] = {}  # request id -> its router
         self._news = asyncio.Event()
         self._draining = False
@@ -100,6 +105,7 @@ class ReplicaProcess:
         self._evicting: set[str] = set()
         self._load: ReplicaLoad | None = None
         self._load_sent_at = 0.0
+        self._num_tokens = 0  # generated
         self._has_answered = False
         self._watchdog = Watchdog(fork.options.step_timeout_s)
 
@@ -112,7 +118,9 @@ class ReplicaProcess:
         self._host = host
         host.send(ReplicaHello(replica_id=self._fork.replica_id, pid=os.getpid()))
         server = await loop.create_unix_server(
-            lambda: Connection[RouterToReplica](RouterToReplica, self._on_router, self._on_router_gone),
+            lambda: Connection[RouterToReplica](
+                RouterToReplica, self._on_router, self._on_router_gone, self._routers.add
+            ),
             self._fork.address,
         )
         host.send(ReplicaReady(address=self._fork.address, stages=stages))
@@ -126,11 +134,11 @@ class ReplicaProcess:
         while not self._gone and not (self._draining and not self._owners):
             self._news.clear()
             with self._watchdog.step():
-                progressed = self._engine.step()
+                progressed = self._engine.step(self._trial)
             self._deliver(progressed)
             self._fetch_missing()
             self._evict()
-            self._tell_load()
+            self._tell_load(progressed)
             if self._has_work(progressed):
                 await asyncio.sleep(0)  # one turn of the loop: everything that arrived is seen
             else:
@@ -156,6 +164,20 @@ class ReplicaProcess:
                     return True
         return False
 
+    @contextmanager
+    def _trial(self, request_id: str) -> Iterator[None]:
+        """Routers can tell whose doing it was if this process ends inside; an exception is no such end."""
+        self._tell_routers(Trial(request_id=request_id))
+        try:
+            yield
+        finally:
+            self._tell_routers(Trial(request_id=""))
+
+    def _tell_routers(self, message: Trial) -> None:
+        """It is in the kernel's hands on return, unless a router has left much unread."""
+        for router in self._routers:
+            router.send(message)
+
     def _deliver(self, progressed: list[Progress]) -> None:
         """Tokens of one step cross in one message per router."""
         items: dict[Connection[RouterToReplica], list[Progress]] = {}
@@ -179,19 +201,31 @@ class ReplicaProcess:
             self._evicting.discard(digest)
             self._tell_host(Evicted(digest=digest, was_active=digest in active))
 
-    def _tell_load(self) -> None:
-        scheduler = self._engine.scheduler
-        load = ReplicaLoad(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_steps=self._engine.num_steps,
-            digests=self._engine.slots.digests,
-        )
+    def _tell_load(self, progressed: list[Progress]) -> None:
+        self._num_tokens += sum(len(progress.tokens) for progress in progressed)
         now = time.monotonic()
-        idle = not scheduler.running and not scheduler.waiting
-        if load != self._load and (idle or now - self._load_sent_at >= LOAD_INTERVAL_S):
+        if self._engine.scheduler and now - self._load_sent_at < LOAD_INTERVAL_S:
+            return
+        load = self._current_load()
+        if load != self._load:
             self._load, self._load_sent_at = load, now
             self._tell_host(load)
+
+    def _current_load(self) -> ReplicaLoad:
+        engine = self._engine
+        digests = engine.slots.digests
+        return ReplicaLoad(
+            num_running=len(engine.scheduler.running),
+            num_waiting=len(engine.scheduler.waiting),
+            num_steps=engine.num_steps,
+            num_tokens=self._num_tokens,
+            digests=digests,
+            num_adapters_in_use=sum(map(engine.slots.is_pinned, digests)),
+            num_slots=engine.slots.max_slots,
+            adapter_bytes=engine.slots.used_pages * engine.banks.page_bytes,
+            kv_tokens=engine.rows.used_tokens,
+            max_kv_tokens=engine.rows.budget_tokens,
+        )
 
     def _tell_host(self, message: ReplicaLoad | FetchAdapter | AdapterMapped | Evicted) -> None:
         assert self._host is not None
@@ -213,6 +247,7 @@ class ReplicaProcess:
 
     def _on_router_gone(self, router: Connection[RouterToReplica]) -> None:
         self._news.set()
+        self._routers.discard(router)
         for request_id in [request_id for request_id, owner in self._owners.items() if owner is router]:
             self._engine.cancel(request_id)
             del self._owners[request_id]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Iterator
 
-from tunefleet.core import ReplicaInfo, ReplicaState
+import msgspec
+
+from tunefleet.core import ReplicaInfo, ReplicaStart, ReplicaState
 from tunefleet.errors import InvalidState
 from tunefleet.messages import HostToReplica, ReplicaLoad, ReplicaToHost
 from tunefleet.runtime.wire import Connection
+
+MAX_STARTS = 50  # that are remembered
 
 _NEXT = {
     ReplicaState.NEW: {ReplicaState.STARTING, ReplicaState.FAILED},
@@ -27,15 +32,16 @@ class Record:
     device: str
     address: str
     state: ReplicaState = ReplicaState.NEW
+    since: float = dataclasses.field(default_factory=time.time)  # unix seconds when it came into its state
     pid: int = 0
     connection: Connection[ReplicaToHost] | None = None
     load: ReplicaLoad = dataclasses.field(
         default_factory=lambda: ReplicaLoad(num_running=0, num_waiting=0, num_steps=0, digests=())
     )
-    busy_at: float = 0.0  # monotonic seconds when it last had work
     created_at: float = dataclasses.field(default_factory=time.monotonic)
     started_at: float = 0.0  # unix seconds
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
+    is_orphan: bool = False  # who started it is gone: nobody tells of its end
 
     @property
     def num_requests(self) -> int:
@@ -53,20 +59,33 @@ class Record:
             address=self.address if ready else "",
             device=self.device,
             pid=self.pid,
-            num_running=self.load.num_running,
-            num_waiting=self.load.num_waiting,
-            num_steps=self.load.num_steps,
-            digests=self.load.digests,
+            num_adapters=len(self.load.digests),
+            since=self.since,
             started_at=self.started_at,
             stages=self.stages,
+            **msgspec.structs.asdict(self.load),
+        )
+
+    def start(self) -> ReplicaStart:
+        """How it became READY, just now."""
+        return ReplicaStart(
+            replica_id=self.replica_id, device=self.device, ready_at=self.since, stages=self.stages
         )
 
 
 class ReplicaSet:
-    """Replicas that have a process, or will have one."""
+    """Replicas that have a process, or will have one.
+
+    Attributes:
+        starts: the latest ones that ended well, the last one last.
+    """
 
     def __init__(self) -> None:
         self._records: dict[str, Record] = {}
+        self.starts: collections.deque[ReplicaStart] = collections.deque(maxlen=MAX_STARTS)
+
+    def __len__(self) -> int:
+        return len(self._records)
 
     def __iter__(self) -> Iterator[Record]:
         return iter(list(self._records.values()))
@@ -86,7 +105,9 @@ class ReplicaSet:
             raise InvalidState(
                 f"replica {record.replica_id} can't go from {record.state.value} to {state.value}"
             )
-        record.state = state
+        record.state, record.since = state, time.time()
+        if state is ReplicaState.READY:
+            self.starts.append(record.start())
         if state in (ReplicaState.STOPPED, ReplicaState.FAILED):
             self._records.pop(record.replica_id, None)
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tunefleet.core import ReplicaState
+from tunefleet.core import ReplicaStart, ReplicaState
 from tunefleet.errors import InvalidState
 from tunefleet.messages import Drain, ReplicaLoad
 from tunefleet.runtime.replicas import Record, ReplicaSet
@@ -92,3 +92,20 @@ def test_sending_before_a_replica_has_connected_does_nothing() -> None:
     record = Record("r", "cpu", "/s")
     record.send(Drain(timeout_s=1.0))
     assert record.connection is None
+
+
+def test_a_replica_knows_since_when_it_is_in_its_state_and_starts_are_remembered() -> None:
+    record = Record("r", "cpu", "/s")
+    born = record.since
+    replicas = new_set(record)
+    replicas.become(record, STARTING)
+    record.stages = {"start": 0.3}
+    assert list(replicas.starts) == []
+    replicas.become(record, READY)
+    assert born <= record.since == record.info().since
+    replicas.become(record, FAILED)
+    expected = ReplicaStart(
+        replica_id="r", device="cpu", ready_at=replicas.starts[0].ready_at, stages={"start": 0.3}
+    )
+    assert [expected] == list(replicas.starts)
+    assert born <= expected.ready_at <= record.since

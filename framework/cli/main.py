@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from tunefleet.answers import FleetStatus, Warm
 from tunefleet.cli import adapters, base, users
 from tunefleet.cli.arguments import AsJson, Name
-from tunefleet.cli.output import note, print_pairs, print_table, tell
+from tunefleet.cli.output import note
 from tunefleet.cli.serve import serve, with_option_flags
+from tunefleet.cli.status import status
+from tunefleet.cli.warmup import warmup
 from tunefleet.core import DEFAULT_ADAPTER
 from tunefleet.errors import TunefleetError
 
@@ -25,6 +26,8 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(users.app, name="users")
 app.add_typer(base.app, name="base")
 app.command("serve")(with_option_flags(serve))
+app.command()(status)
+app.command()(warmup)
 
 UserOrBase = Annotated[str, typer.Argument(metavar="USER", help="The user's id; - is the base.")]
 
@@ -77,59 +80,11 @@ def chat(
 
 
 @app.command()
-def status(*, as_json: AsJson = False) -> None:
-    """Show what runs where. Wakes nothing."""
-    from tunefleet.client import Client
-
-    with Client() as client:
-        found = client.status()
-    tell(found, _print_status, as_json=as_json)
-
-
-@app.command()
-def warmup(
-    user: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose adapter to load.")] = None,
-    name: Name = DEFAULT_ADAPTER,
-    *,
-    as_json: AsJson = False,
-) -> None:
-    """Wait until a replica is ready, and the user's adapter on its device."""
-    from tunefleet.client import Client
-
-    with Client() as client:
-        warm = client.warmup(user, name=name)
-    tell(warm, _print_warm, as_json=as_json)
-
-
-@app.command()
 def demo() -> None:
     """Show the main job, from upload to scale to zero, with a real model. Takes about a minute."""
     from tunefleet.cli.demo import run_demo
 
     run_demo()
-
-
-def _print_status(found: FleetStatus) -> None:
-    print_pairs(
-        [
-            ("base", found.base_id),
-            ("context", f"{found.max_model_len} tokens"),
-            ("replicas", len(found.replicas)),
-            ("adapters in memory", len(found.host_tier)),
-            ("memory", ", ".join(f"{who} {size:,} bytes" for who, size in found.pss_bytes.items()) or "-"),
-            *([("last error", found.last_error)] if found.last_error else []),
-        ]
-    )
-    rows = [
-        (replica.replica_id, replica.state.value, replica.device, replica.num_running, len(replica.digests))
-        for replica in found.replicas
-    ]
-    if rows:
-        print_table(("replica", "state", "device", "running", "adapters"), rows)
-
-
-def _print_warm(warm: Warm) -> None:
-    print(f"ready after {warm.seconds:.2f} s: {warm.adapter_digest}")
 
 
 if __name__ == "__main__":

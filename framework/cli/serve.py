@@ -7,8 +7,11 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import math
+import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, get_type_hints
 
@@ -21,6 +24,9 @@ from tunefleet.fleet import Fleet, needs_serve_extra
 
 if TYPE_CHECKING:
     import uvicorn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CLOSE_TIMEOUT_S = 10.0  # for the fleet, once all requests are answered
 
 _log = logging.getLogger("tunefleet")
 
@@ -60,6 +66,7 @@ async def _serve(fleet: Fleet, authenticate: Authenticate, listener: socket.sock
         if authenticate is anyone:
             _log.warning("no keys: any program on this machine may do anything; set TUNEFLEET_ADMIN_KEY")
         await _server(fleet, authenticate).serve(sockets=[listener])
+        _end_within(CLOSE_TIMEOUT_S)
 
 
 def _server(fleet: Fleet, authenticate: Authenticate) -> uvicorn.Server:
@@ -68,15 +75,27 @@ def _server(fleet: Fleet, authenticate: Authenticate) -> uvicorn.Server:
     from tunefleet.http.app import create_app
 
     class Server(uvicorn.Server):
-        """Stops on signals but doesn't repeat them to itself: the fleet still has to close."""
+        """Drains at the first signal; the second one ends the process, whatever it is doing.
+
+        Doesn't repeat signals to itself, as uvicorn does: the fleet still has to close.
+        """
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, self.handle_exit, number, None)
+            for number in SIGNALS:
+                loop.add_signal_handler(number, self._drain)
             yield
 
+        def _drain(self) -> None:
+            if num_open := len(fleet.generations.open_requests):
+                _log.info("finishing %d requests, for %g s at most", num_open, drain_timeout_s)
+            for number in SIGNALS:
+                asyncio.get_running_loop().remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)
+            self.should_exit = True
+
+    drain_timeout_s = fleet.options.drain_timeout_s
     return Server(
         uvicorn.Config(
             create_app(fleet, authenticate),
@@ -84,9 +103,21 @@ def _server(fleet: Fleet, authenticate: Authenticate) -> uvicorn.Server:
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_graceful_shutdown=int(fleet.options.drain_timeout_s),
+            timeout_graceful_shutdown=math.ceil(drain_timeout_s),
         )
     )
+
+
+def _end_within(seconds: float) -> None:
+    """The process ends then at the latest: a store that hangs must not keep a router that serves nobody."""
+
+    def end() -> None:
+        _log.error("closing took longer than %g s; leaving what is left", seconds)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _bound(host: str, port: int) -> socket.socket:

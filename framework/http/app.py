@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from tunefleet.auth import Authenticate, Caller
 from tunefleet.errors import AuthError, TunefleetError
-from tunefleet.http import adapters, inference, pins, releases, status, uploads, users
+from tunefleet.http import adapters, inference, metrics, pins, releases, status, uploads, users
 from tunefleet.http.bodies import IDLE_S
 from tunefleet.http.boundary import Boundary
 from tunefleet.http.errors import on_http_exception, on_tunefleet_error
@@ -115,6 +115,7 @@ def _routes(fleet: Fleet, authenticate: Authenticate) -> list[Route]:
     routes = [
         Route("/healthz", _open_to_all(fleet, status.healthz)),
         Route("/readyz", _open_to_all(fleet, status.readyz)),
+        Route("/metrics", _open_to_all(fleet, metrics.metrics)),
     ]
     for template, methods in _ROUTES.items():
         for adapter in ("adapter", "adapters/{name}") if "{adapter}" in template else ("",):

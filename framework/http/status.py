@@ -14,6 +14,7 @@ from tunefleet.core import DEFAULT_ADAPTER, ReplicaInfo, User
 from tunefleet.errors import AdapterNotFound, RequestInvalid
 from tunefleet.generations import model_name
 from tunefleet.http.bodies import JSON, page_of, read_json
+from tunefleet.messages import Status
 from tunefleet.openai_api import convert
 from tunefleet.target import choose_user
 
@@ -56,30 +57,22 @@ async def show_model(fleet: Fleet, caller: Caller, request: Request) -> Response
 
 async def status(fleet: Fleet, caller: Caller, request: Request) -> Response:
     found = await fleet.status()
-    return JSON(msgspec.structs.replace(found, replicas=tuple(map(_public, found.replicas))))
+    shown = tuple(_public(replica, caller) for replica in found.replicas)
+    return JSON(msgspec.structs.replace(found, replicas=shown))
 
 
 async def replicas(fleet: Fleet, caller: Caller, request: Request) -> Response:
     found = (await fleet.dispatcher.status()).replicas
-    return JSON({"object": "list", "data": [_public(replica) for replica in found], "has_more": False})
+    shown = [_public(replica, caller) for replica in found]
+    return JSON({"object": "list", "data": shown, "has_more": False})
 
 
 async def adapters(fleet: Fleet, caller: Caller, request: Request) -> Response:
-    """Where adapters are, by digest: ``?tier=device``, ``host`` or ``disk``."""
-    tier = request.query_params.get("tier", "device")
+    """Where adapters are: ``?tier=device``, ``host`` or ``disk``. An admin sees which, others how many."""
     machine = await fleet.dispatcher.status()
-    sizes = {"disk": machine.disk_tier, "host": machine.host_tier}
-    if tier in sizes:
-        found: list[object] = [{"digest": digest, "size_bytes": size} for digest, size in sizes[tier].items()]
-    elif tier == "device":
-        found = [
-            {"digest": digest, "replica_id": replica.replica_id}
-            for replica in machine.replicas
-            for digest in replica.digests
-        ]
-    else:
-        raise RequestInvalid("tier is device, host or disk", param="tier")
-    return JSON({"object": "list", "data": found, "has_more": False})
+    found = _in_tier(machine, request.query_params.get("tier", "device"))
+    shown = found if caller.is_admin else []
+    return JSON({"object": "list", "data": shown, "has_more": False, "num_adapters": len(found)})
 
 
 async def healthz(fleet: Fleet, request: Request) -> Response:
@@ -88,7 +81,9 @@ async def healthz(fleet: Fleet, request: Request) -> Response:
 
 async def readyz(fleet: Fleet, request: Request) -> Response:
     """200 also at zero: the first request wakes a replica."""
-    return JSON({"status": "ready"}) if fleet.is_open else JSON({"status": "starting"}, 503)
+    if fleet.is_open:
+        return JSON({"status": "ready"})
+    return JSON({"status": "starting"}, 503, {"retry-after": "1"})
 
 
 async def _if_there(fleet: Fleet, tenant: str, user_id: str) -> list[User]:
@@ -99,9 +94,23 @@ async def _if_there(fleet: Fleet, tenant: str, user_id: str) -> list[User]:
         return []
 
 
-def _public(replica: ReplicaInfo) -> ReplicaInfo:
-    """Without the socket's path, which is nobody's business."""
-    return msgspec.structs.replace(replica, address="")
+def _in_tier(machine: Status, tier: str) -> list[dict[str, object]]:
+    sizes = {"disk": machine.disk_tier, "host": machine.host_tier}
+    if tier in sizes:
+        return [{"digest": digest, "size_bytes": size} for digest, size in sizes[tier].items()]
+    if tier == "device":
+        return [
+            {"digest": digest, "replica_id": replica.replica_id}
+            for replica in machine.replicas
+            for digest in replica.digests
+        ]
+    raise RequestInvalid("tier is device, host or disk", param="tier")
+
+
+def _public(replica: ReplicaInfo, caller: Caller) -> ReplicaInfo:
+    """Without the socket's path, which is nobody's business; digests of all tenants are an admin's."""
+    digests = replica.digests if caller.is_admin else ()
+    return msgspec.structs.replace(replica, address="", digests=digests)
 
 
 def _base_model(fleet: Fleet) -> dict[str, object]:
