@@ -12,7 +12,7 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,13 +148,20 @@ class Tiers:
             or (held.tier == "host" and held.adapter.digest not in self._host)
         ]
 
-    async def forget(self, digest: str) -> Dropped:
+    async def forget(self, digest: str, keys: Collection[str] = ()) -> Dropped:
         """Drops every copy, mapped or not (a mapped file's memory goes with the last mapping).
 
         What is on its way is dropped when it arrives; that is waited for, but not for long.
+
+        Args:
+            keys: of the objects that were deleted. If the same bytes are on their way from others, they are
+                somebody else's by now, and stay. Without any: whatever there is.
         """
-        flight = self._flights.pop(checked_digest(digest), None)
+        flight = self._flights.get(checked_digest(digest))
+        if flight is not None and keys and flight.ref.key not in keys:
+            return Dropped(0, 0)
         if flight is not None:
+            del self._flights[digest]
             flight.abandon()
         self._holds.forget(digest)
         disk, host = self._disk.take_out(digest), self._host.take_out(digest)

@@ -38,8 +38,8 @@ PLACES = ("disk", "host", "device", "streams")  # of what a router and its machi
 class MachineSide(Protocol):
     """What a router and its machine do with what the catalog decided."""
 
-    async def forget(self, digest: str) -> Forgotten:
-        """Removes this machine's copies of an adapter."""
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
+        """Removes this machine's copies of an adapter, whose objects lay under ``keys``."""
         ...
 
     async def hold(self, adapters: Sequence[HeldAdapter]) -> None:
@@ -213,7 +213,7 @@ class Watch:
         if record.name is None and record.user_id is not None:
             gone["streams"] += await self._machine.end_streams(record.tenant, record.user_id)
         for digest in record.digests:
-            forgotten = await self._machine.forget(digest)
+            forgotten = await self._machine.forget(digest, record.prefixes)
             device = forgotten.device + forgotten.in_use
             gone.update(disk=forgotten.disk, host=forgotten.host, device=device)
             if forgotten.in_use:

@@ -16,8 +16,8 @@ class RouterMachine:
         self._dispatcher = dispatcher
         self._open_requests = open_requests
 
-    async def forget(self, digest: str) -> Forgotten:
-        return await self._dispatcher.forget(digest)
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
+        return await self._dispatcher.forget(digest, keys)
 
     async def hold(self, adapters: Sequence[HeldAdapter]) -> None:
         self._dispatcher.hold(adapters)

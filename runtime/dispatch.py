@@ -50,8 +50,11 @@ class Dispatcher(Protocol):
         """Returns when a replica is READY; seconds that it took."""
         ...
 
-    async def forget(self, digest: str) -> Forgotten:
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
         """Drops every copy of an adapter on the machine, and says how many there were.
+
+        Args:
+            keys: of its deleted objects; what is on its way from others' with the same bytes goes on.
 
         Raises:
             ReplicaError: the host process gave no answer (``host_unavailable``); ask again.

@@ -99,7 +99,7 @@ class FakeDispatcher:
     async def warmup(self) -> float:
         return 0.0
 
-    async def forget(self, digest: str) -> Forgotten:
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
         self.forgotten.append(digest)
         return self.copies.pop(digest, Forgotten(digest=digest))
 

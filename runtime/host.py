@@ -146,14 +146,14 @@ class HostProcess:
             case StatusRequest():
                 router.send(owned.status())
             case Forget():
-                self._spawn(self._forget(owned, router, message.digest))
+                self._spawn(self._forget(owned, router, message))
             case Hold():
                 owned.keeper.hold(router, message.adapters)
             case Prefetch():
                 owned.keeper.prefetch(message.adapter, message.tier)
 
-    async def _forget(self, owned: _Owned, router: Connection[Inbound], digest: str) -> None:
-        router.send(await owned.lending.forget(digest, owned.supervisor.replicas))
+    async def _forget(self, owned: _Owned, router: Connection[Inbound], asked: Forget) -> None:
+        router.send(await owned.lending.forget(asked.digest, owned.supervisor.replicas, asked.keys))
 
     def _on_replica(self, owned: _Owned, record: Record, message: Inbound) -> None:
         match message:

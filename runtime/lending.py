@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from tunefleet.adapters_store.tiers import FORGET_WAIT_S, Tiers
 from tunefleet.core import AdapterRef
@@ -61,10 +61,10 @@ class Lending:
             if replica_id == record.replica_id:
                 self._evictions.pop((replica_id, digest)).set_result(digest in record.load.digests)
 
-    async def forget(self, digest: str, records: Iterable[Record]) -> Forgotten:
+    async def forget(self, digest: str, records: Iterable[Record], keys: Collection[str] = ()) -> Forgotten:
         """Drops every copy on this machine; replicas that still use theirs drop it when they don't."""
         evictions = [self._evict(record, digest) for record in records if record.connection is not None]
-        dropped = await self.tiers.forget(digest)
+        dropped = await self.tiers.forget(digest, keys)
         if evictions:
             await asyncio.wait(evictions, timeout=self._forget_wait_s)
         done = [eviction.result() for eviction in evictions if eviction.done()]
@@ -74,6 +74,7 @@ class Lending:
             host=dropped.host,
             device=sum(done),
             in_use=len(evictions) - len(done),
+            keys=tuple(keys),
         )
 
     def evicted(self, record: Record, message: Evicted) -> None:

@@ -89,8 +89,9 @@ class LocalLink:
             self._placing.pop(request_id, None)
             self._send(Unheld(request_id=request_id))
 
-    async def forget(self, digest: str) -> Forgotten:
-        forgotten = await self._ask(Forget(digest=digest), f"forget {digest}")
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
+        asked = Forget(digest=digest, keys=tuple(keys))
+        forgotten = await self._ask(asked, f"forget {digest} {asked.keys}")
         assert isinstance(forgotten, Forgotten)
         return forgotten
 
@@ -145,7 +146,7 @@ class LocalLink:
             case Status():
                 self._answered("status", message)
             case Forgotten():
-                self._answered(f"forget {message.digest}", message)
+                self._answered(f"forget {message.digest} {message.keys}", message)
 
     def _tell(self, replicas: tuple[ReplicaInfo, ...]) -> None:
         """Has the watcher know the replicas, and then those who wait for one that is READY."""

@@ -118,8 +118,8 @@ class Machine:
         self._placing.release(await self._placing.place(f"warmup-{uuid.uuid4().hex}", None))
         return time.monotonic() - started
 
-    async def forget(self, digest: str) -> Forgotten:
-        return await self._link.forget(digest)
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
+        return await self._link.forget(digest, keys)
 
     async def forget_user(self, tenant: str, user_id: str) -> None:
         for replica in self.replicas:

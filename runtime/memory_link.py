@@ -153,7 +153,7 @@ class MemoryLink:
         finally:
             self._host.waiting.pop(request_id, None)
 
-    async def forget(self, digest: str) -> Forgotten:
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
         tier = self._host.copies.pop(digest, None)
         return Forgotten(digest=digest, disk=int(tier is not None), host=int(tier == "host"))
 

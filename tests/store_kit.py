@@ -42,7 +42,7 @@ class NotedMachine:
         self.streams: dict[tuple[str, str], int] = {}
         self.error: Exception | None = None
 
-    async def forget(self, digest: str) -> Forgotten:
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
         self._fail()
         self.forgotten.append(digest)
         had = digest in self.copies

@@ -214,6 +214,6 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, change: Callable[[byt
         map_prepared(tmp_path / "file", LINEARS)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterLoadFailed, match="can't be read"):
+def test_a_file_that_is_not_there_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
         map_prepared(tmp_path / "none", LINEARS)

@@ -65,6 +65,19 @@ async def test_what_is_on_its_way_is_forgotten_without_waiting_for_a_store_that_
         assert (await tiers.fetch(again)).path.read_bytes() == setup.reference(1)
 
 
+async def test_what_comes_from_another_uploads_objects_is_not_forgotten_with_the_deleted_ones(
+    setup: Setup,
+) -> None:
+    ref = setup.store(1, upload_id="again")
+    setup.objects.hold(ref)
+    async with setup.tiers() as tiers:
+        fetch = asyncio.ensure_future(tiers.fetch(ref))
+        await asyncio.to_thread(setup.objects.was_asked.wait)
+        assert await tiers.forget(ref.digest, ["the deleted upload's"]) == (0, 0)
+        setup.objects.let_go(ref)
+        assert (await fetch).path.read_bytes() == setup.reference(1)
+
+
 async def test_forgetting_says_how_many_copies_there_were(setup: Setup) -> None:
     one, two = setup.store(1), setup.store(2)
     async with setup.tiers() as tiers:

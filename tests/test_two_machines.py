@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,10 +37,10 @@ class Slow(FakeDispatcher):
         self.may_forget = asyncio.Event()
         self.was_told = asyncio.Event()
 
-    async def forget(self, digest: str) -> Forgotten:
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
         self.was_told.set()
         await self.may_forget.wait()
-        return await super().forget(digest)
+        return await super().forget(digest, keys)
 
 
 @pytest.fixture

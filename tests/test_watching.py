@@ -41,8 +41,8 @@ class EventMachine(NotedMachine):
             self.failed.set()
         super()._fail()
 
-    async def forget(self, digest: str) -> Forgotten:
-        forgotten = await super().forget(digest)
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
+        forgotten = await super().forget(digest, keys)
         self.has_forgotten.set()
         return forgotten
 
