@@ -163,6 +163,7 @@ class Host:
         self._routers: list[Router] = []
 
     async def router(self, options: HostOptions | None = None) -> Router:
+        """One that has said hello."""
         router = Router()
         self._routers.append(router)
         await router.join(self.folder, options or self.options)
