@@ -109,8 +109,27 @@ def test_a_second_signal_ends_a_host_process_at_once_and_its_requests_go_on(
             assert whole == await cut_off(machine, processes)
             assert await asyncio.to_thread(processes.ended)
             last = await Processes.of(machine)
+            last.replica.suspend()  # it hears nothing any more
         assert await asyncio.to_thread(last.ended)
         assert sockets(options, world.base) == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_at_zero_the_parked_process_ends_too_and_the_next_request_starts_it_again(
+    world: World, tmp_path: Path
+) -> None:
+    options = options_for(tmp_path, idle_timeout_s=0.2, standby_ttl_s=0.2)
+
+    async def scenario() -> None:
+        async with router(world, options) as machine:
+            await machine.warmup()
+            _, *woken = await Processes.of(machine)
+            _, left = await asyncio.to_thread(psutil.wait_procs, woken, 30)
+            assert left == []
+            assert (await machine.status()).pss_bytes["host"] > 0
+            world.oracle.check(None, list(PROMPT), await answer(machine, ask("again")))
 
     asyncio.run(scenario())
 
