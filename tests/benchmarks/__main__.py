@@ -24,7 +24,7 @@ from transformers.utils import logging
 from tunefleet.runtime.environ import ENVIRON
 
 OUT = Path("build/bench")
-_DURATION = "All of it takes about 25 minutes on 2 cores."
+_DURATION = "All of it takes about 30 minutes on 2 cores."
 _QUICK = "A quick run on a tiny base: it shows that all works; the figures say nothing."
 
 

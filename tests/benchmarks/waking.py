@@ -62,7 +62,10 @@ async def _forked(bench: Bench, shelf: Shelf, refs: list[AdapterRef]) -> list[St
 
 
 async def _first_token(bench: Bench, machine: Machine, ref: AdapterRef) -> Stages:
-    """Seconds of each stage, and from the request to its token."""
+    """Seconds of each stage, and from the request to its token.
+
+    The adapter is fetched beside other work: the rest, which no stage has measured, may be below zero.
+    """
     lowest = bench.manifest.vocab_size // 4
     prompt = tuple(range(lowest, lowest + 64))
     started = time.monotonic()
