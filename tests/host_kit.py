@@ -32,7 +32,7 @@ from tunefleet.runtime.host import HOST_SOCKET, HostProcess
 from tunefleet.runtime.supervisor import Supervisor
 from tunefleet.runtime.wire import Connection
 
-DELAYS_S = (0.1, 0.15, 0.2)  # between starts that fail
+DELAYS_S = (0.3, 0.35, 0.4)  # between starts that fail
 MANIFEST = Manifest(
     base_id="tiny@0",
     name="tiny",
