@@ -79,6 +79,18 @@ class MemoryHost:
             self._tell()
             self.scale()
 
+    def refuse(self, reason: str) -> None:
+        """Nothing starts for those who wait, and why."""
+        for waiting in self.waiting.values():
+            if not waiting.done():
+                waiting.set_exception(
+                    CapacityError(
+                        f"no replica could be started: {reason}",
+                        code="replica_start_failed",
+                        retry_after_s=RETRY_AFTER_S,
+                    )
+                )
+
     def restart(self) -> None:
         """The host process is gone, its replicas and copies with it, and comes back."""
         self._replicas.clear()
@@ -97,7 +109,7 @@ class MemoryHost:
         except ReplicaError as error:
             reason = f"replica {new.replica_id}: {error.message}"
             self.errors.append(LoggedError(at=time.time(), message=reason))
-            self._refuse(reason)
+            self.refuse(reason)
             self.lose(new.replica_id)
             return
         if new.replica_id in self._replicas:  # it may have been lost meanwhile
@@ -105,18 +117,6 @@ class MemoryHost:
             for waiting in self.waiting.values():
                 if not waiting.done():
                     waiting.set_result(None)
-
-    def _refuse(self, reason: str) -> None:
-        """Nothing starts for those who wait, and why."""
-        for waiting in self.waiting.values():
-            if not waiting.done():
-                waiting.set_exception(
-                    CapacityError(
-                        f"no replica could be started: {reason}",
-                        code="replica_start_failed",
-                        retry_after_s=RETRY_AFTER_S,
-                    )
-                )
 
     def _tell(self) -> None:
         for link in list(self._links):

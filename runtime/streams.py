@@ -57,7 +57,7 @@ class Channel:
         """The news of a sequence, up to its last Progress or whatever else ends its time here.
 
         Args:
-            on_end: called when that comes, however late it is read.
+            on_end: called when that comes, however late it is read; not for who leaves before.
         """
         queue: asyncio.Queue[News] = asyncio.Queue()
         self._listeners[work.request_id] = _Listener(queue, on_end)
@@ -69,10 +69,8 @@ class Channel:
 
     def leave(self, request_id: str) -> None:
         """Nobody wants the rest."""
-        listener = self._listeners.pop(request_id, None)
-        if listener is not None:
+        if self._listeners.pop(request_id, None) is not None:
             self._connection.send(Cancel(request_id=request_id))
-            listener.on_end()
 
     def forget_user(self, tenant: str, user_id: str) -> None:
         """Behind all that was submitted and cancelled on this connection before."""

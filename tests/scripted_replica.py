@@ -41,6 +41,7 @@ class ScriptedReplica:
         self.address = address
         self.submitted: list[Submit] = []
         self.is_draining = False
+        self.num_rejected = 0
         self.stepping = asyncio.Event()  # cleared: it stands still
         self.stepping.set()
         self._ends = ends
@@ -83,6 +84,7 @@ class ScriptedReplica:
     def _on_message(self, router: Router, message: RouterToReplica) -> None:
         if isinstance(message, Submit):
             if self.is_draining:
+                self.num_rejected += 1
                 router.send(Rejected(request_id=message.request_id))
                 return
             self.submitted.append(message)

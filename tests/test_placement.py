@@ -91,9 +91,10 @@ def test_own_requests_count_before_the_replica_tells_of_them() -> None:
 
 @pytest.mark.parametrize("digest", ["a", None])
 def test_a_full_replica_is_left_alone_while_another_has_room(digest: str | None) -> None:
-    full = [replica(f"full{number}", running=MAX_NUM_SEQS) for number in range(9)]
-    for seed in range(20):
-        assert chosen([*full, replica("room")], digest, rng=random.Random(seed)) == "room"
+    for held in ((), ("a",)):
+        full = [replica(f"full{number}", *held, running=MAX_NUM_SEQS) for number in range(9)]
+        for seed in range(20):
+            assert chosen([*full, replica("room", *held)], digest, rng=random.Random(seed)) == "room"
 
 
 @pytest.mark.parametrize("state", [state for state in ReplicaState if state is not READY])

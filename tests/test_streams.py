@@ -15,8 +15,9 @@ from scripted_replica import Ends, ScriptedReplica, ScriptedReplicas
 from tunefleet.core import ReplicaInfo, ReplicaState, SamplingParams
 from tunefleet.errors import CapacityError, ReplicaError
 from tunefleet.messages import Submit
-from tunefleet.runtime.machine import Machine
+from tunefleet.runtime.machine import Machine, host_options
 from tunefleet.runtime.memory_link import MemoryHost
+from tunefleet.runtime.placing import Placing
 
 LENGTH = 20  # tokens of an answer
 
@@ -67,6 +68,10 @@ async def fleet(folder: Path, ends: Ends = nothing, **given: object) -> AsyncIte
 
 def work(request_id: str, num_tokens: int = LENGTH) -> Submit:
     return Submit(request_id=request_id, prompt=(1,), sampling=SamplingParams(max_tokens=num_tokens))
+
+
+def replica(replica_id: str, state: ReplicaState) -> ReplicaInfo:
+    return ReplicaInfo(replica_id=replica_id, state=state, address=replica_id, device="cpu")
 
 
 async def answer(machine: Machine, request_id: str) -> list[int]:
@@ -167,7 +172,7 @@ def test_a_replica_that_drains_takes_nothing_new_and_nobody_is_to_blame(tmp_path
             draining.is_draining = True
             asyncio.get_running_loop().call_later(0.05, made.host.lose, "r1")  # the router is told late
             assert await answer(machine, "a") == WHOLE
-            assert not draining.submitted
+            assert (draining.num_rejected, draining.submitted) == (1, [])
             assert made.suspects(1) == {"a": False}
 
     asyncio.run(scenario())
@@ -180,7 +185,7 @@ def test_an_answer_that_is_read_late_keeps_nobody_waiting(tmp_path: Path) -> Non
             unread = [aiter(machine.submit(work(f"{number}"))) for number in range(8)]
             for run in unread:
                 await anext(run)
-            made.host.update(ReplicaInfo(replica_id="r9", state=ReplicaState.NEW, address="", device="cpu"))
+            made.host.update(replica("r9", ReplicaState.NEW))
             assert await answer(machine, "next") == WHOLE  # not held for r9
             for run in unread:
                 assert [token async for progress in run for token in progress.tokens] == WHOLE[1:]
@@ -265,27 +270,72 @@ def test_a_held_request_says_how_long_and_a_placed_one_nothing(tmp_path: Path) -
     asyncio.run(scenario())
 
 
-def test_a_start_that_fails_holds_nobody_who_has_a_replica_to_queue_on(tmp_path: Path) -> None:
+@contextlib.asynccontextmanager
+async def ninth_held(folder: Path) -> AsyncIterator[tuple[Fleet, Machine, asyncio.Task[list[int]]]]:
+    """Eight requests fill the one replica that is READY, and another replica never gets there."""
+    async with fleet(folder, max_replicas=2) as made:
+        machine = await made.router()
+        await machine.warmup()
+        standing = made.replicas.all[0]
+        standing.stepping.clear()
+        running = answers(machine, *map(str, range(8)))
+        while standing.num_running < 8:
+            await asyncio.sleep(0)
+        made.host.update(replica("r9", ReplicaState.NEW))
+        ninth = asyncio.create_task(answer(machine, "ninth"))
+        while not made.host.waiting:
+            await asyncio.sleep(0)
+        yield made, machine, ninth
+        standing.stepping.set()
+        assert await running == [WHOLE] * 8
+
+
+def test_a_held_request_takes_the_first_place_that_comes_back(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with fleet(tmp_path, max_replicas=2) as made:
-            machine = await made.router()
-            await machine.warmup()
-            made.replicas.all[0].stepping.clear()
-            running = answers(machine, *map(str, range(8)))
-            while made.replicas.all[0].num_running < 8:
-                await asyncio.sleep(0)
-            made.replicas.may_start.clear()
-            new = ReplicaInfo(replica_id="r9", state=ReplicaState.NEW, address="", device="cpu")
-            made.host.update(new)
-            ninth = asyncio.ensure_future(answer(machine, "ninth"))
-            while not machine.num_held:
-                await asyncio.sleep(0)
-            made.host.lose("r9")  # it doesn't start after all
+        async with ninth_held(tmp_path) as (made, machine, ninth):
+            made.replicas.all[0].stepping.set()  # and the host process has no news
+            assert await ninth == WHOLE
+            assert machine.num_held == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_a_start_that_fails_holds_nobody_who_has_a_replica_to_queue_on(
+    tmp_path: Path, is_refused: bool
+) -> None:
+    """Whether it is tried again already, or given up."""
+
+    async def scenario() -> None:
+        async with ninth_held(tmp_path) as (made, _, ninth):
+            if is_refused:
+                made.host.refuse("replica r8: no memory")
+            else:
+                made.host.lose("r9")
             while made.replicas.all[0].num_running < 9:
                 await asyncio.sleep(0)
             made.replicas.all[0].stepping.set()
-            assert await running == [WHOLE] * 8
             assert await ninth == WHOLE
+
+    asyncio.run(scenario())
+
+
+def test_a_place_that_comes_too_late_is_given_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with fleet(tmp_path) as made:
+            made.replicas.may_start.clear()
+            options = host_options(options_for(tmp_path, max_num_seqs=1), make_manifest(), tmp_path)
+            link = made.host.link()
+            placing = Placing(link, options)
+            await link.join()
+            late = asyncio.create_task(placing.place("late", None))
+            while not placing.num_held:
+                await asyncio.sleep(0)
+            made.host.update(replica("r1", ReplicaState.READY))
+            late.cancel()
+            await asyncio.wait([late])
+            made.host.update(replica("r2", ReplicaState.NEW))
+            assert not (await placing.place("next", None)).was_held
 
     asyncio.run(scenario())
 
