@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SHARED := -n auto --dist loadfile  # a process per core; the tests of a file share their servers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test test-all lint types bench wheel clean
@@ -10,10 +11,10 @@ demo: $(VENV)/serve.stamp
 	$(BIN)/tunefleet demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(SHARED)
 
 test-all: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 lint: $(VENV)/dev.stamp types
 	$(BIN)/ruff check .

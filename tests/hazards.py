@@ -87,6 +87,16 @@ class Withstood:
         elif report.when == "call" and report.passed:
             self._passed.append(report.nodeid)
 
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """In a process of several that share the tests: its part of what was generated."""
+        workeroutput: dict[str, object] | None = getattr(session.config, "workeroutput", None)
+        if workeroutput is not None:
+            workeroutput["generated"] = dict(GENERATED)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        GENERATED.update(getattr(node, "workeroutput", {}).get("generated", {}))
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         families = [text for family in WITHSTOOD if (text := self._counted(family))]
         if families:
