@@ -16,7 +16,7 @@ from tunefleet.answers import BASE_DIGEST
 from tunefleet.choices import ChoiceText
 from tunefleet.config import Options, context_length
 from tunefleet.core import DEFAULT_ADAPTER, AdapterRef, Manifest, SamplingParams
-from tunefleet.errors import AdapterNotFound, RequestInvalid, TunefleetError
+from tunefleet.errors import AdapterNotFound, RequestInvalid
 from tunefleet.generation import Accepted, Generation, RunningChoice
 from tunefleet.messages import Submit
 from tunefleet.metrics import Metrics
@@ -100,13 +100,12 @@ class Generations:
     def _entered(self, target: Target) -> Iterator[OpenRequest]:
         """An open request, which stays open if this ends well: its generation closes it."""
         entered = self.open_requests.enter(Owner(target.tenant, target.user_id))
-        try:
-            yield entered
-        except BaseException as error:
-            entered.close()
-            if isinstance(error, TunefleetError):
-                self.metrics.requests.rejected(error)
-            raise
+        with self.metrics.requests.refusals():
+            try:
+                yield entered
+            except BaseException:
+                entered.close()
+                raise
 
     def _begun(
         self,

@@ -47,8 +47,16 @@ class RequestMetrics:
         self.counts = _Counters(make)
         self.times = _Histograms(make)
 
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Counts an error of ours that leaves the block, as that of a request without a token."""
+        try:
+            yield
+        except TunefleetError as error:
+            self.rejected(error)
+            raise
+
     def rejected(self, error: TunefleetError) -> None:
-        """A request failed that has no token yet."""
         self.counts.rejected.labels(error.code).inc()
 
     def record(self, started_at: float, *, has_adapter: bool) -> RequestRecord:

@@ -36,6 +36,15 @@ def test_openmetrics_where_the_scraper_asks_for_it(tmp_path: Path) -> None:
     assert "tunefleet_host_up" in {family.name for family in openmetrics(response.text)}
 
 
+def test_what_can_not_be_read_is_counted_as_refused_too(tmp_path: Path) -> None:
+    with api(Kit(tmp_path)) as client:
+        assert ask(client, logit_bias={"5": 1}).status_code == 400
+        assert ask(client, "nobody").status_code == 404
+        told = client.get("/metrics").text
+    for reason in ("unsupported_parameter", "adapter_not_found"):
+        assert f'tunefleet_requests_rejected_total{{reason="{reason}"}} 1.0' in told
+
+
 def test_a_scraper_needs_no_key_and_wakes_nothing(tmp_path: Path) -> None:
     kit = Kit(tmp_path)
     with api(kit, admin_key("secret")) as client:

@@ -25,7 +25,7 @@ from engine_kit import CONFIGS, prepare_model
 from tunefleet.config import resolve
 from tunefleet.runtime.base import find_source, prepared_folder
 
-NUM_TOKENS = 500  # an answer that is still running when the test acts
+NUM_TOKENS = 1000  # an answer that is still running when the test acts
 ASKED = {"prompt": [5, 6, 7, 8], "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
 
 
@@ -107,13 +107,13 @@ def until_refused(url: str) -> None:
     assert time.monotonic() < deadline
 
 
-def words_of(lines: list[str]) -> list[str]:
-    """The text of a stream that is whole."""
+def streamed(lines: list[str]) -> tuple[str, int]:
+    """The text of a whole stream, and how many tokens it has."""
     events = [line.removeprefix("data: ") for line in lines if line]
     assert events.pop() == "[DONE]"
-    choices = [choice for event in events for choice in json.loads(event)["choices"]]
-    assert choices[-1]["finish_reason"] == "length"
-    return "".join(choice["text"] for choice in choices).split()
+    chunks = [json.loads(event) for event in events]
+    text = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+    return text, chunks[-1]["usage"]["completion_tokens"]
 
 
 def test_looking_wakes_nothing_and_the_first_request_shows_what_waking_took(served: Serving) -> None:
@@ -146,24 +146,25 @@ def test_a_signal_lets_a_stream_finish_with_every_token_and_takes_no_new_request
     root: Path, served: Serving
 ) -> None:
     whole = httpx2.post(f"{served.url}/v1/completions", json=ASKED, timeout=60).json()
+    asked = {**ASKED, "stream": True, "stream_options": {"include_usage": True}}
     with serve(root) as (process, url):
-        with httpx2.stream("POST", f"{url}/v1/completions", json={**ASKED, "stream": True}) as response:
+        with httpx2.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as response:
             lines = response.iter_lines()
             begun = [next(lines)]
             process.send_signal(signal.SIGTERM)
             until_refused(url)
+            assert httpx2.get(f"{served.url}/v1/replicas").json()["data"][0]["num_running"] == 1
             rest = list(lines)
         assert process.wait(10) == 0
-    words = words_of(begun + rest)
-    assert len(words) == NUM_TOKENS
-    assert words == whole["choices"][0]["text"].split()
+    assert streamed(begun + rest) == (whole["choices"][0]["text"], NUM_TOKENS)
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(root: Path, served: Serving, second: signal.Signals) -> None:
+    asked = {**ASKED, "max_tokens": 2000, "stream": True}
     with (
         serve(root) as (process, url),
-        httpx2.stream("POST", f"{url}/v1/completions", json={**ASKED, "stream": True}) as response,
+        httpx2.stream("POST", f"{url}/v1/completions", json=asked) as response,
     ):
         next(response.iter_lines())
         process.send_signal(signal.SIGTERM)

@@ -50,8 +50,9 @@ async def complete(fleet: Fleet, caller: Caller, request: Request) -> Response:
 
 
 async def _infer(fleet: Fleet, caller: Caller, request: Request, route: _Route) -> Response:
-    asked = parse_request(route.kind, await read_json(request))
-    target = target_of(fleet, caller, request, asked.model)
+    with fleet.generations.metrics.requests.refusals():
+        asked = parse_request(route.kind, await read_json(request))
+        target = target_of(fleet, caller, request, asked.model)
     generation = await fleet.generations.start(target, asked, request_id=request_id_of(request))
     if asked.stream:
         patience_s: float = request.app.state.patience_s
