@@ -99,7 +99,7 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_started = 0
         self._ending = False
-        self._empty = asyncio.Event()
+        self._departed = asyncio.Event()  # set when the next replica is gone, and replaced
         self._spawn(self._park())
 
     @property
@@ -151,7 +151,7 @@ class Supervisor:
             replica_id = f"r{self._num_started}"
             record = Record(replica_id, self._free_device(), self._address(replica_id))
             self.replicas.add(record)
-            self._empty.clear()
+            self._watcher.replicas_changed()
             self._spawn(self._fork(record))
             loop = asyncio.get_running_loop()
             loop.call_later(self._options.cold_start_timeout_s, self._give_up_start, record)
@@ -174,10 +174,18 @@ class Supervisor:
         )
         try:
             await self._starter.ensure()
+            await self._device_left(record.device)
             if self.replicas.get(record.replica_id) is record:  # not given up meanwhile
                 await self._starter.fork(message)
         except TunefleetError as error:
             self._gone(record, error.message)
+
+    async def _device_left(self, device: str) -> None:
+        """An accelerator has no room for a replica beside one that has yet to leave it."""
+        while device != "cpu" and any(
+            record.device == device for record in self.replicas.in_state(ReplicaState.DRAINING)
+        ):
+            await self._departed.wait()
 
     def _on_forked(self, message: Forked) -> None:
         if self._has_process(message.replica_id, message.pid) is None:
@@ -275,8 +283,8 @@ class Supervisor:
             self._become(record, ReplicaState.FAILED)
             (blame or self._backoff.start_failed if was_starting else self._backoff.died)(time.monotonic())
         self._watcher.replica_gone(record)
-        if not len(self.replicas):
-            self._empty.set()
+        departed, self._departed = self._departed, asyncio.Event()
+        departed.set()
         self.scale()
 
     def _hang_up(self, record: Record) -> None:
@@ -296,17 +304,15 @@ class Supervisor:
         self._end_starts()
         for record in self.replicas.in_state(ReplicaState.READY):
             self._drain(record)
-        if len(self.replicas):
-            await self._empty.wait()
+        await self._all_gone()
 
     async def close(self) -> None:
         """Ends replicas and what starts them, now."""
         self._end_starts()
         for record in self.replicas:
             record.send(Drain(timeout_s=0.0))
-        if len(self.replicas):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._empty.wait(), LEAVE_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._all_gone(), LEAVE_S)
         for record in self.replicas:
             _kill(record.pid)
             self._hang_up(record)
@@ -315,6 +321,10 @@ class Supervisor:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _all_gone(self) -> None:
+        while len(self.replicas):
+            await self._departed.wait()
 
     def _end_starts(self) -> None:
         """No more of them, and those that aren't READY have nobody's request yet."""

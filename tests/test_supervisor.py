@@ -16,7 +16,8 @@ from tunefleet.messages import Drain, Fork
 from tunefleet.runtime import supervisor
 from tunefleet.runtime.fake_replicas import FakeReplica
 
-STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
+NEW, STARTING = ReplicaState.NEW, ReplicaState.STARTING
+READY, DRAINING = ReplicaState.READY, ReplicaState.DRAINING
 SOON_S = 0.3  # long after what would happen at once
 
 
@@ -224,6 +225,23 @@ def test_a_replica_goes_where_the_fewest_are(tmp_path: Path) -> None:
             await router.until(lambda: [replica.replica_id for replica in router.replicas] == ["r1", "r3"])
             await router.until_states(READY, READY)
             assert [replica.device for replica in router.replicas] == ["cuda:0", "cuda:1"]
+
+    asyncio.run(scenario())
+
+
+def test_an_accelerator_takes_a_replica_once_the_last_one_has_left_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with hosting(tmp_path, devices=("cuda:0",), idle_timeout_s=0.1) as host:
+            router = await host.router()
+            (leaving,) = await woken(host, router)
+            leaving.hangs = True
+            await router.until_states(DRAINING)
+            router.wake("late")
+            await router.until_states(DRAINING, NEW)
+            assert await stays(asyncio.Event())
+            assert host.ids() == ["r1"]
+            leaving.end(0)
+            assert await router.until_states(READY) == ["r2"]
 
     asyncio.run(scenario())
 
