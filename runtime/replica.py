@@ -133,6 +133,7 @@ class ReplicaProcess:
     async def _step_until_done(self) -> None:
         while not self._gone and not (self._draining and not self._owners):
             self._news.clear()
+            self._tell_load([])  # what came is no idleness, however long its first step takes
             with self._watchdog.step():
                 progressed = self._engine.step(self._trial)
             self._deliver(progressed)

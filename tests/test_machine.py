@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from tunefleet.config import Options
 from tunefleet.core import AdapterRef, FinishReason, Manifest
 from tunefleet.errors import AdapterLoadFailed, CapacityError, ConfigError
 from tunefleet.messages import Forgotten, HeldAdapter, Progress, Status, Submit
+from tunefleet.runtime.dispatch import Run
 from tunefleet.runtime.machine import Machine
 
 PROMPT = (5, 6, 7, 8)
@@ -81,9 +83,10 @@ def mortal(machines: Machines) -> Path:
 
 
 @pytest.fixture(scope="module")
-def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a machine that is up while a test has a router, and a moment longer."""
-    return tmp_path_factory.mktemp("brief")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """Of a machine of three replicas that is up while a test has a router, and a moment longer."""
+    root = tmp_path_factory.mktemp("brief")
+    return options_for(root, max_replicas=3, idle_timeout_s=0.3)
 
 
 @contextlib.asynccontextmanager
@@ -107,7 +110,11 @@ async def store_adapter(world: World, options: Options, user_id: str = "ana") ->
 
 
 async def answer(machine: Machine, work: Submit) -> list[int]:
-    return [token async for progress in machine.submit(work) for token in progress.tokens]
+    return await said(machine.submit(work))
+
+
+async def said(run: Run) -> list[int]:
+    return [token async for progress in run for token in progress.tokens]
 
 
 async def answer_in_the_end(machine: Machine) -> list[int]:
@@ -149,11 +156,10 @@ async def until(machine: Machine, condition: str) -> None:
 
 
 def test_a_replica_starts_on_the_first_request_stops_when_idle_and_starts_again(
-    world: World, brief: Path
+    world: World, brief: Options
 ) -> None:
     async def scenario() -> None:
-        options = options_for(brief, idle_timeout_s=0.3)
-        async with router(world, options) as machine:
+        async with router(world, brief) as machine:
             assert machine.replicas == ()
             first = machine.submit(ask("a"))
             tokens = [token async for progress in first for token in progress.tokens]
@@ -173,9 +179,34 @@ def test_a_replica_starts_on_the_first_request_stops_when_idle_and_starts_again(
     asyncio.run(scenario())
 
 
-def test_nothing_is_left_when_the_last_router_has_gone(world: World, brief: Path) -> None:
+def test_a_burst_at_zero_starts_the_replicas_that_it_needs_once_and_spreads(
+    world: World, brief: Options
+) -> None:
+    async def scenario() -> None:
+        async with router(world, brief) as machine:
+            await until(machine, "zero")
+            started: set[int] = set()
+
+            async def note() -> None:
+                while True:
+                    await machine.changed()
+                    started.update(replica.pid for replica in machine.replicas if replica.pid)
+
+            noting = asyncio.create_task(note())
+            runs = [machine.submit(ask(f"{number}", 100)) for number in range(96)]
+            answers = await asyncio.gather(*(said(run) for run in runs))
+            noting.cancel()
+            assert len(started) == 3
+            assert min(Counter(run.replica_id for run in runs).values()) >= 16
+            assert len({tuple(tokens) for tokens in answers}) == 1
+            world.oracle.check(None, list(PROMPT), answers[0])
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_left_when_the_last_router_has_gone(world: World, brief: Options) -> None:
     async def scenario() -> set[int]:
-        async with router(world, options_for(brief, idle_timeout_s=0.3)) as machine:
+        async with router(world, brief) as machine:
             await machine.warmup()
             status = await machine.status()
             return {status.pid, status.parked_pid, status.replicas[0].pid}
