@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +35,7 @@ from tunefleet.runtime.wire import Connection
 
 STARTING = (ReplicaState.NEW, ReplicaState.STARTING)
 LIVE = (*STARTING, ReplicaState.READY)
-LEAST_IDLE_S = 0.1  # what was held for a replica is on its way to it
+HANDOVER_S = 1.0  # for what was held to show up on the replica it waited for
 LEAVE_S = 3.0  # for a replica to end once it has nothing left to do
 PARK_AGAIN_S = 30.0  # a parked process that ends sooner than this is started again when it is needed
 
@@ -95,6 +95,7 @@ class Supervisor:
         self._parked_lost_at = -PARK_AGAIN_S
         self._backoff = backoff or Backoff()
         self._scaler = ScalerState()
+        self._handover_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_started = 0
@@ -118,9 +119,11 @@ class Supervisor:
         wait_s = self._backoff.wait_s(now)
         if wait_s and self._backoff.is_failing and not self.replicas.in_state(*STARTING):
             self._watcher.start_refused(self.errors.last, wait_s)
-        num_requests = sum(record.num_requests for record in live) + self._watcher.num_held
-        decision = decide(self._scaler, Load(num_requests, len(live)), now, self._limits)
+        load = Load(self._num_requests(live, now), len(live))
+        decision = decide(self._scaler, load, now, self._limits)
         self._scaler, wanted, ask_again_at = decision
+        if now < self._handover_until:
+            ask_again_at = self._handover_until
         if wanted > len(live) and wait_s:
             ask_again_at = now + wait_s
         else:
@@ -128,6 +131,11 @@ class Supervisor:
         self._drain_least_loaded(len(live) - wanted)
         self._starter.set_at_zero(not len(self.replicas))
         self._ask_again(ask_again_at, now)
+
+    def _num_requests(self, live: Iterable[Record], now: float) -> int:
+        """Those that are on their way from here to a replica count as one: nothing is idle meanwhile."""
+        num_requests = sum(record.num_requests for record in live) + self._watcher.num_held
+        return max(num_requests, int(now < self._handover_until))
 
     def _ask_again(self, at: float | None, now: float) -> None:
         if self._timer is not None:
@@ -218,6 +226,8 @@ class Supervisor:
             return
         record.stages = {**message.stages, "start": time.monotonic() - record.created_at}
         self._backoff.started()
+        if self._watcher.num_held:
+            self._handover_until = time.monotonic() + HANDOVER_S
         self._become(record, ReplicaState.READY)
         self._watcher.replica_ready()
         self.scale()
@@ -233,6 +243,8 @@ class Supervisor:
     def loaded(self, record: Record, message: ReplicaLoad) -> None:
         """A replica's load has changed."""
         record.load = message
+        if record.num_requests:
+            self._handover_until = 0.0
         self._watcher.replicas_changed()
         self.scale()
 
@@ -364,7 +376,7 @@ def _limits(options: HostOptions) -> Limits:
         min_replicas=options.min_replicas,
         max_replicas=options.max_replicas,
         target_concurrency=options.target_concurrency,
-        idle_timeout_s=max(options.idle_timeout_s, LEAST_IDLE_S),
+        idle_timeout_s=options.idle_timeout_s,
         scale_down_delay_s=options.scale_down_delay_s,
     )
 

@@ -30,11 +30,15 @@ async def stays(event: asyncio.Event) -> bool:
 
 
 async def woken(host: Host, router: Router, num_requests: int = 1) -> list[FakeReplica]:
-    """The READY replicas for so many requests."""
+    """The READY replicas for so many requests, which they have answered."""
     router.wake(*(f"{number}" for number in range(num_requests)))
     num_replicas = min(-(-num_requests // host.options.target_concurrency), host.options.max_replicas)
     await router.until_states(*[READY] * num_replicas)
-    return host.starter.replicas[-num_replicas:]
+    replicas = host.starter.replicas[-num_replicas:]
+    for replica in replicas:
+        replica.load(1)
+        replica.load(0)
+    return replicas
 
 
 @pytest.mark.parametrize("max_replicas", [1, 3])
@@ -94,6 +98,27 @@ def test_a_long_stream_is_no_idle_time(tmp_path: Path) -> None:
             replica.load(0)
             await replica.ended.wait()
             await router.until_states()
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_waits_for_those_who_were_held_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with hosting(tmp_path, idle_timeout_s=0.0) as host:
+            router = await host.router()
+            router.wake("a")
+            await router.until_states(READY)
+            (replica,) = host.starter.replicas
+            assert await stays(replica.drained)  # they are on their way
+            replica.load(1)
+            replica.load(0)
+            await replica.ended.wait()
+            monkeypatch.setattr(supervisor, "HANDOVER_S", 0.1)
+            router.wake("b")
+            await router.until(lambda: len(host.ids()) == 2)
+            await host.starter.replicas[1].ended.wait()  # they have gone elsewhere
 
     asyncio.run(scenario())
 

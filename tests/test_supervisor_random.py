@@ -138,6 +138,7 @@ def test_any_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int)
     monkeypatch.setattr(host_kit, "DELAYS_S", (0.01, 0.02))
     monkeypatch.setattr(backoff, "DEATHS_WINDOW_S", 0.05)
     monkeypatch.setattr(supervisor, "LEAVE_S", 0.05)
+    monkeypatch.setattr(supervisor, "HANDOVER_S", 0.02)
     monkeypatch.setattr(supervisor, "PARK_AGAIN_S", 0.05)
     asyncio.run(scenario())
     assert errors == []
