@@ -70,7 +70,7 @@ class Options:
     step_timeout_s: float = _option(
         120.0, "A replica whose step takes longer is ended; its requests go on at another one.", at_least=0.1
     )
-    max_queue: int = _option(1024, "Requests that may wait on one replica, and in one router for one.", at_least=1)
+    max_queue: int = _option(1024, "Requests that may wait on a replica, or in a router for one.", at_least=1)
     device_adapter_bytes: int = _option(1024 * MIB, "Device memory for adapters.", at_least=MIB)
     kv_cache_bytes: int = _option(
         2048 * MIB, "Device memory for keys and values of running and recent sequences.", at_least=MIB
