@@ -97,6 +97,7 @@ steps = st.lists(
 
 
 @given(limits=limits, steps=steps)
+@settings(deadline=None)
 def test_decisions_are_those_of_the_whole_history(limits: Limits, steps: list[tuple[float, int]]) -> None:
     now, num_replicas, state = 0.0, 0, ScalerState()
     history: list[tuple[float, int]] = []
@@ -119,7 +120,7 @@ def test_decisions_are_those_of_the_whole_history(limits: Limits, steps: list[tu
     seed=st.integers(0, 10_000),
     start_s=st.sampled_from([0.0, 0.15, 6.0]),
 )
-@settings(max_examples=100)
+@settings(max_examples=60, deadline=None)
 def test_simulated_traffic_is_served_without_flapping(
     limits: Limits, kind: str, seed: int, start_s: float
 ) -> None:

@@ -202,12 +202,12 @@ def poisson(
 
 def steady(generator: random.Random) -> list[Arrival]:
     rate = generator.uniform(0.05, 8.0)
-    return poisson(generator, lambda _: rate, most=rate, until=100.0, service_s=generator.uniform(0.1, 4.0))
+    return poisson(generator, lambda _: rate, most=rate, until=60.0, service_s=generator.uniform(0.1, 4.0))
 
 
 def sine(generator: random.Random) -> list[Arrival]:
     """Days and nights."""
-    most, period = generator.uniform(0.5, 12.0), generator.uniform(10.0, 100.0)
+    most, period = generator.uniform(0.5, 12.0), generator.uniform(10.0, 40.0)
     return poisson(
         generator,
         lambda now: most / 2 * (1 - math.cos(2 * math.pi * now / period)),
