@@ -120,7 +120,7 @@ def test_decisions_are_those_of_the_whole_history(limits: Limits, steps: list[tu
     seed=st.integers(0, 10_000),
     start_s=st.sampled_from([0.0, 0.15, 6.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_simulated_traffic_is_served_without_flapping(
     limits: Limits, kind: str, seed: int, start_s: float
 ) -> None:
@@ -154,13 +154,13 @@ def check_no_flapping(moments: Sequence[Moment], limits: Limits) -> None:
         if moment.num_after >= moment.num_before:
             continue
         delay_s = limits.scale_down_delay_s
-        if moment.num_after == limits.min_replicas and not moment.num_requests:
+        if moment.wanted == limits.min_replicas and not moment.num_requests:
             delay_s = min(delay_s, limits.idle_timeout_s)
-        if not moment.num_after:
+        if not moment.wanted:
             delay_s = limits.idle_timeout_s
         for earlier, later in itertools.pairwise(moments[: index + 1]):
             if later.at + delay_s > moment.at:  # it lasted until then
-                assert needed(earlier, limits) <= moment.num_after
+                assert needed(earlier, limits) <= moment.wanted
 
 
 def needed(moment: Moment, limits: Limits) -> int:

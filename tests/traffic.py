@@ -55,7 +55,8 @@ class Moment(NamedTuple):
     at: float
     num_requests: int  # the scaler's load
     num_before: int  # replicas, READY or STARTING
-    num_after: int
+    num_after: int  # as many as wanted, but that those which start can't be stopped
+    wanted: int
 
 
 class Report(NamedTuple):
@@ -135,7 +136,7 @@ class Simulation:
         ready = [replica for replica in reversed(self._live) if replica.ready]
         for replica in sorted(ready, key=lambda replica: replica.num_running)[: max(0, num_before - wanted)]:
             self._drain(replica)
-        self._moments.append(Moment(self._now, num_requests, num_before, len(self._live)))
+        self._moments.append(Moment(self._now, num_requests, num_before, len(self._live), wanted))
         if ask_again_at is not None and ask_again_at != self._ask_at:
             self._at(ask_again_at, lambda: None)
         self._ask_at = ask_again_at
