@@ -101,7 +101,7 @@ def until_refused(url: str) -> None:
     """Waits until the port takes no connection any more."""
     host, port = url.removeprefix("http://").split(":")
     deadline = time.monotonic() + 10
-    with contextlib.suppress(ConnectionRefusedError):
+    with contextlib.suppress(ConnectionError):
         while time.monotonic() < deadline:
             socket.create_connection((host, int(port))).close()
     assert time.monotonic() < deadline

@@ -54,8 +54,12 @@ def serve(flags: Mapping[str, object]) -> None:
     check_exposure(options.host, key)
     with needs_serve_extra():
         import uvicorn as uvicorn
-    with _bound(options.host, options.port) as listener:
-        asyncio.run(_serve(Fleet(**dataclasses.asdict(options)), admin_key(key) if key else anyone, listener))
+    fleet = Fleet(**dataclasses.asdict(options))
+    with (
+        _bound(options.host, options.port) as listener,
+        asyncio.Runner(loop_factory=_loop_factory()) as runner,
+    ):
+        runner.run(_serve(fleet, admin_key(key) if key else anyone, listener))
 
 
 async def _serve(fleet: Fleet, authenticate: Authenticate, listener: socket.socket) -> None:
@@ -67,6 +71,15 @@ async def _serve(fleet: Fleet, authenticate: Authenticate, listener: socket.sock
             _log.warning("no keys: any program on this machine may do anything; set TUNEFLEET_ADMIN_KEY")
         await _server(fleet, authenticate).serve(sockets=[listener])
         _end_within(CLOSE_TIMEOUT_S)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where there is one: a router's time is mostly its loop's."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def _server(fleet: Fleet, authenticate: Authenticate) -> uvicorn.Server:
