@@ -71,8 +71,8 @@ class TiersMachine:
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
 
-    async def forget(self, digest: str) -> Forgotten:
-        dropped = await self._tiers.forget(digest)
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
+        dropped = await self._tiers.forget(digest, keys)
         return Forgotten(digest, disk=dropped.disk, host=dropped.host)
 
     async def hold(self, adapters: Sequence[HeldAdapter]) -> None:

@@ -70,7 +70,7 @@ class Machine:
     def copies(self) -> set[str]:
         return {path.name for path in self._folder.iterdir()}
 
-    async def forget(self, digest: str) -> Forgotten:
+    async def forget(self, digest: str, keys: Sequence[str] = ()) -> Forgotten:
         had = digest in self.copies()
         (self._folder / digest).unlink(missing_ok=True)
         return Forgotten(digest, disk=int(had))
