@@ -319,7 +319,8 @@ class Engine:
             return f"token ids must be below {self._vocab_size}", "invalid_request"
         if work.adapter is not None and not self.slots.fits_ever(work.adapter.rank):
             return f"rank {work.adapter.rank} does not fit device_adapter_bytes", "adapter_too_large"
-        if len(self.scheduler.waiting) >= limits.max_queue:
+        was_running = work.suspect or bool(work.generated)  # at a replica that is gone: it is never refused
+        if len(self.scheduler.waiting) >= limits.max_queue and not was_running:
             return f"{limits.max_queue} requests wait already", "queue_full"
         if self.scheduler.get(work.request_id) is not None:
             return f"request {work.request_id} runs already", "duplicate_request_id"

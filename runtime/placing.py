@@ -58,8 +58,12 @@ class Placing:
         """Returns at the link's next news."""
         await self._changed.wait()
 
-    async def place(self, request_id: str, digest: str | None) -> Placed:
+    async def place(self, request_id: str, digest: str | None, *, is_accepted: bool = False) -> Placed:
         """A place on a READY replica; waits for one to start or to have room, if need be.
+
+        Args:
+            is_accepted: it ran already, and its client may have part of the answer: neither a queue that is
+                full nor a start that fails is a reason to refuse it now; only time is.
 
         Raises:
             CapacityError: ``cold_start_queue_full``, ``cold_start_timeout`` or ``replica_start_failed``.
@@ -68,7 +72,7 @@ class Placing:
         placed = self._try(digest, was_held=False)
         if placed is not None:
             return placed
-        if len(self._held) >= self._options.max_queue:
+        if len(self._held) >= self._options.max_queue and not is_accepted:
             raise CapacityError(
                 f"{len(self._held)} requests wait for a replica already; try again, or raise max_queue",
                 code="cold_start_queue_full",
@@ -77,7 +81,7 @@ class Placing:
         timeout_s = self._options.cold_start_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._wait(request_id, digest)
+                return await (self._outwait if is_accepted else self._wait)(request_id, digest)
         except TimeoutError:
             raise CapacityError(
                 f"no replica was ready within {timeout_s:g} s; try again, or raise cold_start_timeout_s",
@@ -96,6 +100,14 @@ class Placing:
     def disregard(self, address: str) -> None:
         """A replica takes nothing any more; don't choose it again before the link says otherwise."""
         self.replicas = tuple(replica for replica in self.replicas if replica.address != address)
+
+    async def _outwait(self, request_id: str, digest: str | None) -> Placed:
+        """Comes again after each start that fails."""
+        while True:
+            try:
+                return await self._wait(request_id, digest)
+            except CapacityError as error:
+                await asyncio.sleep(error.retry_after_s)
 
     async def _wait(self, request_id: str, digest: str | None) -> Placed:
         """Holds a request, and has the host process know of it."""

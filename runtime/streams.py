@@ -165,7 +165,9 @@ class MachineRun:
         """A place, and the way there."""
         digest = self._work.adapter.digest if self._work.adapter else None
         while True:
-            placed = self._placed = await self._placing.place(self._work.request_id, digest)
+            placed = self._placed = await self._placing.place(
+                self._work.request_id, digest, is_accepted=bool(self.replica_id)
+            )
             try:
                 return placed, await self._channels.channel(placed.replica)
             except OSError:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tunefleet.core import FinishReason
+from tunefleet.errors import ReplicaError
 from tunefleet.messages import Cancel, Progress, Rejected, RouterToReplica, Step, Submit, Trial
 from tunefleet.runtime.memory_link import MemoryHost
 from tunefleet.runtime.wire import Connection
@@ -135,6 +136,7 @@ class ScriptedReplicas:
 
     def __init__(self, folder: Path, ends: Ends = never, *, max_replicas: int = 1, concurrency: int = 32):
         self.all: list[ScriptedReplica] = []
+        self.num_failures = 0  # starts that fail, once there was a replica
         self.may_start = asyncio.Event()
         self.may_start.set()
         self.host = MemoryHost(self._start, max_replicas=max_replicas, target_concurrency=concurrency)
@@ -143,6 +145,9 @@ class ScriptedReplicas:
 
     async def _start(self, replica_id: str) -> str:
         await self.may_start.wait()
+        if self.all and self.num_failures:
+            self.num_failures -= 1
+            raise ReplicaError("no memory")
 
         def ends(together: Sequence[Submit], num_tokens: int) -> bool:
             is_end = self._ends(together, num_tokens)

@@ -225,6 +225,19 @@ def test_a_broken_prepared_file_ends_only_its_own_sequences(tiny: Tiny, tmp_path
     assert driver.answers["good"].finish_reason is FinishReason.LENGTH
 
 
+def test_a_full_queue_refuses_the_new_and_never_who_ran_elsewhere_already(tiny: Tiny) -> None:
+    engine = new_engine(tiny.folder, tiny.manifest, max_queue=1)
+    for request_id, changes in (
+        ("first", {}),
+        ("new", {}),
+        ("answered in part", {"generated": (9,)}),
+        ("maybe to blame", {"suspect": True}),
+    ):
+        engine.add(Submit(request_id=request_id, prompt=(3, 4), sampling=greedy(2), **changes))
+    refused = [progress.request_id for progress in engine.step() if progress.error_code == "queue_full"]
+    assert refused == ["new"]
+
+
 def test_a_prepared_file_that_is_gone_is_fetched_again_but_not_for_ever(tiny: Tiny, tmp_path: Path) -> None:
     engine = new_engine(tiny.folder, tiny.manifest)
     ref = tiny.adapters[0].ref

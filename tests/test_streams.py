@@ -358,6 +358,25 @@ def test_a_start_that_fails_is_an_error_with_its_reason(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_who_is_being_answered_outwaits_starts_that_fail(tmp_path: Path) -> None:
+    """The client has part of the answer: it can't be told to come again."""
+
+    def ends(together: Sequence[Submit], num_tokens: int) -> bool:
+        return len(made.replicas.all) == 1 and num_tokens == 5
+
+    async def scenario() -> None:
+        async with fleet(tmp_path, ends, max_queue=2) as fleet_made:
+            nonlocal made
+            made = fleet_made
+            machine = await made.router()
+            made.replicas.num_failures = 2
+            assert await answers(machine, "a", "b") == [WHOLE, WHOLE]
+            assert len(made.host.errors) == 2
+
+    made: Fleet
+    asyncio.run(scenario())
+
+
 def test_a_replica_may_be_anywhere_that_its_address_says(tmp_path: Path) -> None:
     async def on_tcp(replica_id: str) -> str:
         await replica.serve(port=0)
