@@ -57,6 +57,10 @@ class Options:
     idle_timeout_s: float = _option(
         10.0, "Time without any request after which the last replica stops.", at_least=0
     )
+    predictive: bool = _option(
+        False,
+        "Learn when in the day requests come, and have a replica and the likely adapters there before.",
+    )
     scale_down_delay_s: float = _option(
         10.0, "Time for which fewer replicas must have been enough before one stops.", at_least=0
     )

@@ -152,6 +152,7 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting: int = 0
     num_steps: int = 0
     num_tokens: int = 0  # that it generated; whoever looks twice knows how fast it is
+    num_requests: int = 0  # that came since it started
     digests: tuple[str, ...] = ()  # adapters in slots
     num_adapters: int = 0  # as many digests, for those who may not see them
     num_adapters_in_use: int = 0  # of them, by running sequences

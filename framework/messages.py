@@ -36,6 +36,7 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
     target_concurrency: int
     idle_timeout_s: float
     scale_down_delay_s: float
+    predictive: bool
     standby_ttl_s: float
     drain_timeout_s: float
     cold_start_timeout_s: float
@@ -256,6 +257,7 @@ class ReplicaLoad(Message, frozen=True):
     num_steps: int
     digests: tuple[str, ...]
     num_tokens: int = 0
+    num_requests: int = 0  # that came since it started
     num_adapters_in_use: int = 0
     num_slots: int = 0
     adapter_bytes: int = 0

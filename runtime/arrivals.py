@@ -54,8 +54,8 @@ class Arrivals:
 
     def arrived(self, now: float, count: int = 1) -> None:
         self.advance(now)
-        hour = self._hours[_hour_of(now)]
-        self._hours[_hour_of(now)] = hour._replace(num_arrivals=hour.num_arrivals + count)
+        hour = self._hours[hour_of(now)]
+        self._hours[hour_of(now)] = hour._replace(num_arrivals=hour.num_arrivals + count)
 
     def advance(self, now: float) -> None:
         """Time has passed, with or without requests."""
@@ -64,12 +64,12 @@ class Arrivals:
             self._now = now
         while self._now < now:
             end = min(now, _next_hour(self._now))
-            hour = self._hours[_hour_of(self._now)]
-            self._hours[_hour_of(self._now)] = hour._replace(seen_s=hour.seen_s + end - self._now)
+            hour = self._hours[hour_of(self._now)]
+            self._hours[hour_of(self._now)] = hour._replace(seen_s=hour.seen_s + end - self._now)
             self._now = end
             if end == _next_hour(end - 1.0):  # the hour that begins now was last seen a day ago
-                begun = self._hours[_hour_of(end)]
-                self._hours[_hour_of(end)] = Hour(begun.num_arrivals * DECAY, begun.seen_s * DECAY)
+                begun = self._hours[hour_of(end)]
+                self._hours[hour_of(end)] = Hour(begun.num_arrivals * DECAY, begun.seen_s * DECAY)
 
     def forecast(self, now: float, *, idle_timeout_s: float, lead_s: float) -> Forecast:
         """One replica while requests are likely enough, and ``lead_s`` before that.
@@ -85,10 +85,11 @@ class Arrivals:
         return Forecast(0, begins - lead_s if will_be else begins)
 
     def _is_likely(self, at: float, idle_timeout_s: float) -> bool:
-        return self._hours[_hour_of(at)].rate * idle_timeout_s >= LEAST_ARRIVALS
+        return self._hours[hour_of(at)].rate * idle_timeout_s >= LEAST_ARRIVALS
 
 
-def _hour_of(at: float) -> int:
+def hour_of(at: float) -> int:
+    """Of the day, in UTC: which hour it is called doesn't matter."""
     return int(at // HOUR_S) % NUM_HOURS
 
 

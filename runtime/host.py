@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 
 from tunefleet.adapters_store.host_tier import default_host_dir
@@ -23,7 +23,7 @@ from tunefleet.adapters_store.objects import open_store
 from tunefleet.adapters_store.prepare import PreparedDtype
 from tunefleet.adapters_store.tiers import Tiers
 from tunefleet.config import runtime_dir
-from tunefleet.core import Manifest
+from tunefleet.core import AdapterRef, Manifest
 from tunefleet.errors import TunefleetError
 from tunefleet.messages import (
     AdapterMapped,
@@ -153,6 +153,8 @@ class HostProcess:
                 owned.keeper.prefetch(message.adapter, message.tier)
 
     async def _forget(self, owned: _Owned, router: Connection[Inbound], asked: Forget) -> None:
+        if owned.supervisor.foresight is not None:
+            owned.supervisor.foresight.forget(asked.digest)
         router.send(await owned.lending.forget(asked.digest, owned.supervisor.replicas, asked.keys))
 
     def _on_replica(self, owned: _Owned, record: Record, message: Inbound) -> None:
@@ -162,6 +164,7 @@ class HostProcess:
             case ReplicaLoad():
                 owned.supervisor.loaded(record, message)
             case FetchAdapter():
+                owned.asked_for(message.adapter)
                 self._spawn(owned.lending.lend(record, message.adapter))
             case AdapterMapped():
                 owned.lending.mapped(record, message.digest)
@@ -288,6 +291,14 @@ class _Owned:
 
     def replica_gone(self, record: Record) -> None:
         self.lending.end(record)
+
+    def asked_for(self, ref: AdapterRef) -> None:
+        if self.supervisor.foresight is not None:
+            self.supervisor.foresight.asked_for(ref)
+
+    def likely(self, adapters: Sequence[AdapterRef]) -> None:
+        for ref in adapters:
+            self.keeper.prefetch(ref, "host")
 
     def start_refused(self, reason: str, retry_after_s: float) -> None:
         retry_after_s = math.ceil(retry_after_s * 10) / 10  # sooner would be too soon

@@ -41,6 +41,7 @@ def host_options(options: Options, manifest: Manifest, base_dir: Path) -> HostOp
         target_concurrency=options.target_concurrency or options.max_num_seqs,
         idle_timeout_s=options.idle_timeout_s,
         scale_down_delay_s=options.scale_down_delay_s,
+        predictive=options.predictive,
         standby_ttl_s=options.standby_ttl_s,
         drain_timeout_s=options.drain_timeout_s,
         cold_start_timeout_s=options.cold_start_timeout_s,

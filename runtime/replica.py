@@ -106,6 +106,7 @@ class ReplicaProcess:
         self._load: ReplicaLoad | None = None
         self._load_sent_at = 0.0
         self._num_tokens = 0  # generated
+        self._num_requests = 0
         self._has_answered = False
         self._watchdog = Watchdog(fork.options.step_timeout_s)
 
@@ -220,6 +221,7 @@ class ReplicaProcess:
             num_waiting=len(engine.scheduler.waiting),
             num_steps=engine.num_steps,
             num_tokens=self._num_tokens,
+            num_requests=self._num_requests,
             digests=digests,
             num_adapters_in_use=sum(map(engine.slots.is_pinned, digests)),
             num_slots=engine.slots.max_slots,
@@ -244,6 +246,7 @@ class ReplicaProcess:
                 router.send(Rejected(request_id=message.request_id))
             elif message.request_id not in self._owners:
                 self._owners[message.request_id] = router
+                self._num_requests += 1
                 self._engine.add(message)
 
     def _on_router_gone(self, router: Connection[RouterToReplica]) -> None:

@@ -8,11 +8,11 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from tunefleet.core import ReplicaState
+from tunefleet.core import AdapterRef, ReplicaState
 from tunefleet.errors import TunefleetError
 from tunefleet.messages import (
     Drain,
@@ -27,6 +27,7 @@ from tunefleet.messages import (
 )
 from tunefleet.runtime.backoff import Backoff
 from tunefleet.runtime.error_log import ErrorLog
+from tunefleet.runtime.foresight import Foresight
 from tunefleet.runtime.parking import PLATFORM_STARTER
 from tunefleet.runtime.replicas import Record, ReplicaSet
 from tunefleet.runtime.scaler import Limits, Load, ScalerState, decide
@@ -55,6 +56,10 @@ class Watcher(Protocol):
         ...
 
     def replica_gone(self, record: Record) -> None: ...
+
+    def likely(self, adapters: Sequence[AdapterRef]) -> None:
+        """A replica will be needed soon, and these with it."""
+        ...
 
     def start_refused(self, reason: str, retry_after_s: float) -> None:
         """No replica for those who are held, and why."""
@@ -95,6 +100,11 @@ class Supervisor:
         self._parked_lost_at = -PARK_AGAIN_S
         self._backoff = backoff or Backoff()
         self._scaler = ScalerState()
+        self.foresight = (
+            Foresight(Path(options.state_dir), idle_timeout_s=options.idle_timeout_s)
+            if options.predictive
+            else None
+        )
         self._handover_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -120,7 +130,8 @@ class Supervisor:
         if wait_s and self._backoff.is_failing and not self.replicas.in_state(*STARTING):
             self._watcher.start_refused(self.errors.last, wait_s)
         load = Load(self._num_requests(live, now), len(live))
-        decision = decide(self._scaler, load, now, self._limits)
+        limits, look_again_at = self._expected(now)
+        decision = decide(self._scaler, load, now, limits)
         self._scaler, wanted, ask_again_at = decision
         if now < self._handover_until:
             ask_again_at = self._handover_until
@@ -130,7 +141,19 @@ class Supervisor:
             self._start(wanted - len(live))
         self._drain_least_loaded(len(live) - wanted)
         self._starter.set_at_zero(not len(self.replicas))
-        self._ask_again(ask_again_at, now)
+        times = [time for time in (ask_again_at, look_again_at) if time is not None]
+        self._ask_again(min(times, default=None), now)
+
+    def _expected(self, now: float) -> tuple[Limits, float | None]:
+        """The limits, with what is likely for the least; and when to look again."""
+        if self.foresight is None:
+            return self._limits, None
+        forecast = self.foresight.forecast()
+        likely = self.foresight.newly_likely(forecast)
+        if likely:
+            self._watcher.likely(likely)
+        least = min(max(self._limits.min_replicas, forecast.least), self._limits.max_replicas)
+        return self._limits._replace(min_replicas=least), now + forecast.ask_again_at
 
     def _num_requests(self, live: Iterable[Record], now: float) -> int:
         """Those that are on their way from here to a replica count as one: nothing is idle meanwhile."""
@@ -242,6 +265,8 @@ class Supervisor:
 
     def loaded(self, record: Record, message: ReplicaLoad) -> None:
         """A replica's load has changed."""
+        if self.foresight is not None:
+            self.foresight.arrived(message.num_requests - record.load.num_requests)
         record.load = message
         if record.num_requests:
             self._handover_until = 0.0
@@ -320,6 +345,8 @@ class Supervisor:
 
     async def close(self) -> None:
         """Ends replicas and what starts them, now."""
+        if self.foresight is not None:
+            self.foresight.save()
         self._end_starts()
         for record in self.replicas:
             record.send(Drain(timeout_s=0.0))

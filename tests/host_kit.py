@@ -64,6 +64,7 @@ def host_options(root: Path, **given: object) -> HostOptions:
         "target_concurrency": 32,
         "idle_timeout_s": 60.0,
         "scale_down_delay_s": 60.0,
+        "predictive": False,
         "standby_ttl_s": 0.0,
         "drain_timeout_s": 30.0,
         "cold_start_timeout_s": 30.0,
