@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SHARED := -n auto --dist loadfile  # a process per core; the tests of a file share their servers
+# Tests in a process per core, of which each has servers of its own: not too many. A file's tests share them.
+SHARED := -n auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test test-all lint types bench wheel clean
