@@ -115,7 +115,7 @@ class Soak:
     async def zero(self) -> None:
         """Until no replica is left."""
         async with asyncio.timeout(60):
-            while (await self.fleet.status()).replicas:
+            while self._machine.replicas:
                 await self._machine.changed()
         self.tally["zeros"] += 1
 
@@ -127,8 +127,8 @@ class Soak:
     async def footprint(self) -> Footprint:
         """At zero, once everything that was killed has come back."""
         async with asyncio.timeout(60):
-            while not (status := await self.fleet.status()).parked_pid or status.replicas:
-                await self._machine.changed()
+            while not (status := await self.fleet.status()).parked_pid:
+                await asyncio.sleep(0.05)  # nobody tells of it
         router, host = psutil.Process(), psutil.Process(status.host_pid)
         return Footprint(
             num_processes=len(host.children(recursive=True)),
