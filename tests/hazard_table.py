@@ -313,12 +313,80 @@ DATABASE: dict[str, Tests] = {
     ),
 }
 
+HOT_SWAP: dict[str, Tests] = {
+    "100 requests for one cold adapter": "test_hot_swap.py::test_a_hundred_at_once_for_one_cold_adapter",
+    "one adapter more than slots": "test_hot_swap.py::test_one_adapter_more_than_slots",
+    "evict in flight": "test_slots.py::test_a_pinned_adapter_stays_and_the_newcomer_waits",
+    "new bytes in the middle of an answer": "test_named_faults.py::test_areal_1197",
+    "rollback": "test_hot_swap.py::test_after_a_rollback",
+    "deleted and made again": "test_named_faults.py::test_vllm_42125_an_adapter_that_was_deleted",
+    "cancel during load, prefill, decode": "test_hot_swap.py::test_who_is_cancelled_frees_everything",
+    "n > 1": "test_named_faults.py::test_sglang_36894_25864",
+    "a load that raises": "test_hot_swap.py::test_a_load_that_fails_takes_no_slot",
+    "a slot after a failed load": "test_slots.py::test_a_fill_that_fails_frees_the_slot",
+    "a slot used again": "test_engine.py::test_a_slot_that_is_used_again_shows_nothing",
+    "A and B by turns over one prefix": "test_hot_swap.py::test_two_that_take_turns",
+    "ranks mixed": "test_engine.py::test_mixed_adapters_of_every_shape",
+    "1 corrupt of 100": "test_hot_swap.py::test_one_corrupt_adapter_of_a_hundred",
+    "order of arrival": "test_hot_swap.py::test_the_order_in_which_they_came",
+    "planted secrets": "test_planted_secrets.py::test_nobody_hears_anothers_code_word",
+}
+
+PROCESSES: dict[str, Tests] = {
+    "kill -9 of a replica in mid-stream": "test_machine.py::test_a_killed_replica_loses_no_token",
+    "kill -9 of a starting replica": "test_supervisor.py::test_a_start_that_is_killed",
+    "kill -9 of the host process": (
+        "test_machine.py::test_a_killed_host_process",
+        "test_host.py::test_a_drained_host_process_loses_nothing_and_a_killed_one",
+    ),
+    "kill -9 of the parked process": "test_machine.py::test_a_killed_parked_process",
+    "kill -9 of a router": "test_machine.py::test_a_killed_router",
+    "a request that ends replicas": "test_trials.py::test_a_request_that_ends_replicas_fails_alone",
+    "an exception in a step": "test_engine_faults.py::test_a_prompt_that_makes_the_model_raise_ends_alone",
+    "a batch too large for the device": "test_engine_faults.py::test_a_batch_too_large",
+    "a step that hangs": "test_watchdog.py::test_a_step_that_hangs",
+    "a process that may not fork": "test_parking.py::test_what_may_not_be_forked_starts_as_a_fresh_process",
+    "SIGTERM": (
+        "test_serve.py::test_a_signal_lets_a_stream_finish",
+        "test_supervisor.py::test_a_leaving_host_process_lets_its_replicas_finish",
+    ),
+    "SIGTERM twice": (
+        "test_serve.py::test_a_second_signal_ends_it_at_once",
+        "test_supervisor.py::test_a_second_signal_ends_it_at_once",
+    ),
+    "a port that is taken": "test_cli.py::test_serve_says_that_a_port_is_taken",
+    "a base that can't be loaded": "test_machine.py::test_a_base_that_can_not_be_loaded",
+    "1,000 loads": "test_hot_swap.py::test_a_thousand_loads_leave_nothing_behind",
+}
+
+SCALE_TO_ZERO: dict[str, Tests] = {
+    "a request while the last replica leaves": "test_supervisor.py::test_a_request_that_comes_while_the_last",
+    "100 at zero": (
+        "test_supervisor.py::test_a_burst_at_zero",
+        "test_machine.py::test_a_burst_at_zero",
+    ),
+    "starts that fail, then one that doesn't": "test_supervisor.py::test_starts_that_fail_are_tried_again",
+    "a start longer than a client waits": (
+        "test_machine.py::test_a_start_that_hangs",
+        "test_streams.py::test_a_request_is_held_for_its_time",
+    ),
+    "idle timer and long stream": "test_supervisor.py::test_a_long_stream_is_no_idle_time",
+    "prefetch while cold": "test_machine.py::test_a_held_or_prefetched_adapter",
+    "two routers wake at once": "test_supervisor.py::test_two_routers_that_wake_at_once",
+    "a replica dies while the queue waits": "test_streams.py::test_who_is_being_answered_outwaits",
+    "Retry-After": "test_http_status.py::test_who_gets_no_replica_is_told_when_to_come_again",
+    "min_replicas 1": "test_supervisor.py::test_min_replicas_stay",
+}
+
 WITHSTOOD: dict[str, dict[str, Tests]] = {
     "A": SAFETENSORS_BYTES,
     "B": ADAPTER_CONFIG,
     "C": WEIGHTS,
     "D": UPLOADS,
     "E": IDS,
+    "G": HOT_SWAP,
     "H": OBJECT_STORE,
     "I": DATABASE,
+    "J": PROCESSES,
+    "K": SCALE_TO_ZERO,
 }
