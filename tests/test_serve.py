@@ -212,10 +212,10 @@ def stuck(folder: Path, close_timeout_s: float) -> Iterator[subprocess.Popen[str
 
 
 def test_closing_is_bounded(tmp_path: Path) -> None:
-    with stuck(tmp_path, 0.1) as process:
+    with stuck(tmp_path, 1.0) as process:
         out, err = process.communicate(timeout=10)
     assert (process.returncode, out) == (1, "closing\n")
-    assert "closing took longer than 0.1 s" in err
+    assert "closing took longer than 1 s" in err
 
 
 def test_a_second_signal_ends_a_router_that_closes(tmp_path: Path) -> None:
