@@ -153,8 +153,7 @@ class HostProcess:
                 owned.keeper.prefetch(message.adapter, message.tier)
 
     async def _forget(self, owned: _Owned, router: Connection[Inbound], asked: Forget) -> None:
-        if owned.supervisor.foresight is not None:
-            owned.supervisor.foresight.forget(asked.digest)
+        owned.supervisor.sizing.forget(asked.digest)
         router.send(await owned.lending.forget(asked.digest, owned.supervisor.replicas, asked.keys))
 
     def _on_replica(self, owned: _Owned, record: Record, message: Inbound) -> None:
@@ -164,7 +163,7 @@ class HostProcess:
             case ReplicaLoad():
                 owned.supervisor.loaded(record, message)
             case FetchAdapter():
-                owned.asked_for(message.adapter)
+                owned.supervisor.sizing.asked_for(message.adapter)
                 self._spawn(owned.lending.lend(record, message.adapter))
             case AdapterMapped():
                 owned.lending.mapped(record, message.digest)
@@ -291,10 +290,6 @@ class _Owned:
 
     def replica_gone(self, record: Record) -> None:
         self.lending.end(record)
-
-    def asked_for(self, ref: AdapterRef) -> None:
-        if self.supervisor.foresight is not None:
-            self.supervisor.foresight.asked_for(ref)
 
     def likely(self, adapters: Sequence[AdapterRef]) -> None:
         for ref in adapters:

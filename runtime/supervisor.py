@@ -27,10 +27,10 @@ from tunefleet.messages import (
 )
 from tunefleet.runtime.backoff import Backoff
 from tunefleet.runtime.error_log import ErrorLog
-from tunefleet.runtime.foresight import Foresight
 from tunefleet.runtime.parking import PLATFORM_STARTER
 from tunefleet.runtime.replicas import Record, ReplicaSet
-from tunefleet.runtime.scaler import Limits, Load, ScalerState, decide
+from tunefleet.runtime.scaler import Load
+from tunefleet.runtime.sizing import Sizing
 from tunefleet.runtime.starter import Standby, StarterFactory
 from tunefleet.runtime.wire import Connection
 
@@ -85,8 +85,8 @@ class Supervisor:
     ) -> None:
         self.replicas = ReplicaSet()
         self.errors = ErrorLog()
+        self.sizing = Sizing(options)
         self._options = options
-        self._limits = _limits(options)
         self._folder = folder
         self._host_socket = host_socket
         self._watcher = watcher
@@ -99,12 +99,6 @@ class Supervisor:
         self._starter = Standby(made, options.standby_ttl_s)
         self._parked_lost_at = -PARK_AGAIN_S
         self._backoff = backoff or Backoff()
-        self._scaler = ScalerState()
-        self.foresight = (
-            Foresight(Path(options.state_dir), idle_timeout_s=options.idle_timeout_s)
-            if options.predictive
-            else None
-        )
         self._handover_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,9 +124,9 @@ class Supervisor:
         if wait_s and self._backoff.is_failing and not self.replicas.in_state(*STARTING):
             self._watcher.start_refused(self.errors.last, wait_s)
         load = Load(self._num_requests(live, now), len(live))
-        limits, look_again_at = self._expected(now)
-        decision = decide(self._scaler, load, now, limits)
-        self._scaler, wanted, ask_again_at = decision
+        wanted, ask_again_at, look_again_at, likely = self.sizing.decide(load, now)
+        if likely:
+            self._watcher.likely(likely)
         if now < self._handover_until:
             ask_again_at = self._handover_until
         if wanted > len(live) and wait_s:
@@ -143,17 +137,6 @@ class Supervisor:
         self._starter.set_at_zero(not len(self.replicas))
         times = [time for time in (ask_again_at, look_again_at) if time is not None]
         self._ask_again(min(times, default=None), now)
-
-    def _expected(self, now: float) -> tuple[Limits, float | None]:
-        """The limits, with what is likely for the least; and when to look again."""
-        if self.foresight is None:
-            return self._limits, None
-        forecast = self.foresight.forecast()
-        likely = self.foresight.newly_likely(forecast)
-        if likely:
-            self._watcher.likely(likely)
-        least = min(max(self._limits.min_replicas, forecast.least), self._limits.max_replicas)
-        return self._limits._replace(min_replicas=least), now + forecast.ask_again_at
 
     def _num_requests(self, live: Iterable[Record], now: float) -> int:
         """Those that are on their way from here to a replica count as one: nothing is idle meanwhile."""
@@ -265,8 +248,7 @@ class Supervisor:
 
     def loaded(self, record: Record, message: ReplicaLoad) -> None:
         """A replica's load has changed."""
-        if self.foresight is not None:
-            self.foresight.arrived(message.num_requests - record.load.num_requests)
+        self.sizing.arrived(message.num_requests - record.load.num_requests)
         record.load = message
         if record.num_requests:
             self._handover_until = 0.0
@@ -345,8 +327,7 @@ class Supervisor:
 
     async def close(self) -> None:
         """Ends replicas and what starts them, now."""
-        if self.foresight is not None:
-            self.foresight.save()
+        self.sizing.save()
         self._end_starts()
         for record in self.replicas:
             record.send(Drain(timeout_s=0.0))
@@ -396,16 +377,6 @@ class Supervisor:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _limits(options: HostOptions) -> Limits:
-    return Limits(
-        min_replicas=options.min_replicas,
-        max_replicas=options.max_replicas,
-        target_concurrency=options.target_concurrency,
-        idle_timeout_s=options.idle_timeout_s,
-        scale_down_delay_s=options.scale_down_delay_s,
-    )
 
 
 def _kill(pid: int) -> None:
