@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -47,14 +48,9 @@ class RequestMetrics:
         self.counts = _Counters(make)
         self.times = _Histograms(make)
 
-    @contextlib.contextmanager
-    def refusals(self) -> Iterator[None]:
+    def refusals(self) -> AbstractContextManager[None]:
         """Counts an error of ours that leaves the block, as that of a request without a token."""
-        try:
-            yield
-        except TunefleetError as error:
-            self.rejected(error)
-            raise
+        return _errors(self.rejected)
 
     def rejected(self, error: TunefleetError) -> None:
         self.counts.rejected.labels(error.code).inc()
@@ -125,14 +121,9 @@ class RequestRecord:
             self._times.num_prompt.observe(usage.prompt_tokens)
             self._times.num_generated.observe(usage.completion_tokens)
 
-    @contextlib.contextmanager
-    def failures(self) -> Iterator[None]:
+    def failures(self) -> AbstractContextManager[None]:
         """Counts an error of ours that leaves the block."""
-        try:
-            yield
-        except TunefleetError as error:
-            self._failed(error)
-            raise
+        return _errors(self._failed)
 
     def _failed(self, error: TunefleetError) -> None:
         if self._is_over:
@@ -157,6 +148,16 @@ class RequestRecord:
         for stage in ("download", "load", "activate") if adapter_cold else ():
             if timing[stage]:
                 self._times.load.labels(stage).observe(timing[stage])
+
+
+@contextlib.contextmanager
+def _errors(count: Callable[[TunefleetError], None]) -> Iterator[None]:
+    """Has those of ours that leave the block counted."""
+    try:
+        yield
+    except TunefleetError as error:
+        count(error)
+        raise
 
 
 class _Counters:
