@@ -87,8 +87,8 @@ class Connection(asyncio.Protocol, Generic[In]):
     def send(self, message: Message) -> None:
         """Queues a message; to a closed connection it is dropped (``on_close`` has said so).
 
-        On return it is in the kernel's hands, whatever becomes of this process, unless the peer has left so
-        much unread that there is no room.
+        On asyncio's own loops, which replicas and host processes have, it is in the kernel's hands on return,
+        whatever becomes of this process, unless the peer has left so much unread that there is no room.
         """
         if self._transport is not None and self.is_open:
             self._transport.write(frame(message))
