@@ -325,5 +325,25 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
 
 
+def ask(
+    request_id: str,
+    adapter: Adapter | None,
+    prompt: tuple[int, ...],
+    max_tokens: int = 24,
+    *,
+    user_id: str | None = "alice",
+    tenant: str = "acme",
+) -> Submit:
+    """A greedy request of somebody's, for an adapter or the base."""
+    return Submit(
+        request_id=request_id,
+        prompt=prompt,
+        sampling=greedy(max_tokens),
+        adapter=adapter.ref if adapter else None,
+        tenant=tenant,
+        user_id=user_id,
+    )
+
+
 def digest_of(work: Submit) -> str | None:
     return work.adapter.digest if work.adapter else None

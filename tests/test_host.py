@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
 
-from engine_kit import Oracle, greedy, prepare_model, tiny_model
+from engine_kit import Oracle, prepare_model, tiny_model
 from lone_router import options_for
+from machine_kit import LONG, PROMPT, answer, ask, router
 from tunefleet.config import Options, runtime_dir, state_dir
 from tunefleet.core import Manifest, ReplicaState
-from tunefleet.messages import Submit
 from tunefleet.runtime.machine import Machine
-
-PROMPT = (5, 6, 7, 8)
-LONG = 200  # tokens: an answer that is still running when the test acts
 
 
 class World(NamedTuple):
@@ -33,14 +29,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     base = tmp_path_factory.mktemp("world") / "base"
     model = tiny_model("llama")
     return World(base, prepare_model(model, base), Oracle(model, []))
-
-
-def ask(request_id: str, num_tokens: int = LONG) -> Submit:
-    return Submit(request_id=request_id, prompt=PROMPT, sampling=greedy(num_tokens))
-
-
-async def answer(machine: Machine, work: Submit) -> list[int]:
-    return [token async for progress in machine.submit(work) for token in progress.tokens]
 
 
 class Processes(NamedTuple):
@@ -63,16 +51,6 @@ class Processes(NamedTuple):
 
 def sockets(options: Options, base: Path) -> Iterable[str]:
     return sorted(path.name for path in runtime_dir(state_dir(options, base)).glob("*.sock"))
-
-
-@contextlib.asynccontextmanager
-async def router(world: World, options: Options) -> AsyncIterator[Machine]:
-    machine = Machine(options, world.manifest, world.base)
-    await machine.start()
-    try:
-        yield machine
-    finally:
-        await machine.close()
 
 
 def test_a_drained_host_process_loses_nothing_and_a_killed_one_leaves_nothing(
@@ -104,7 +82,7 @@ def test_a_second_signal_ends_a_host_process_at_once_and_its_requests_go_on(
 
     async def scenario() -> None:
         async with router(world, options) as machine:
-            whole = await answer(machine, ask("whole"))
+            whole = await answer(machine, ask("whole", LONG))
             processes = await Processes.of(machine)
             assert whole == await cut_off(machine, processes)
             assert await asyncio.to_thread(processes.ended)
@@ -129,14 +107,14 @@ def test_at_zero_the_parked_process_ends_too_and_the_next_request_starts_it_agai
             _, left = await asyncio.to_thread(psutil.wait_procs, woken, 30)
             assert left == []
             assert (await machine.status()).pss_bytes["host"] > 0
-            world.oracle.check(None, list(PROMPT), await answer(machine, ask("again")))
+            world.oracle.check(None, list(PROMPT), await answer(machine, ask("again", LONG)))
 
     asyncio.run(scenario())
 
 
 async def drained(machine: Machine, processes: Processes) -> tuple[list[int], list[int]]:
     """At the first signal the running answer is finished where it is, and who comes then is held."""
-    run = machine.submit(ask("running"))
+    run = machine.submit(ask("running", LONG))
     tokens: list[int] = []
     late: asyncio.Task[list[int]] | None = None
     async for progress in run:
@@ -145,7 +123,7 @@ async def drained(machine: Machine, processes: Processes) -> tuple[list[int], li
             processes.host.terminate()
             while machine.replicas[0].state is not ReplicaState.DRAINING:
                 await machine.changed()
-            late = asyncio.create_task(answer(machine, ask("late")))
+            late = asyncio.create_task(answer(machine, ask("late", LONG)))
     assert late is not None
     assert run.replica_id == "r1"
     return tokens, await late
@@ -155,7 +133,7 @@ async def cut_off(machine: Machine, processes: Processes) -> list[int]:
     """At the second signal it ends at once; the answer goes on at the next one's replica."""
     tokens: list[int] = []
     is_sent = False
-    async for progress in machine.submit(ask("cut off")):
+    async for progress in machine.submit(ask("cut off", LONG)):
         tokens += progress.tokens
         if len(tokens) >= 20 and not is_sent:
             is_sent = True

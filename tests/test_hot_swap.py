@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine_kit import Adapter, Driver, Stage, greedy, make_stage, random_prompt
+import engine_kit
+from engine_kit import Adapter, Driver, Stage, make_stage, random_prompt
 from test_engine import ALL
 from tunefleet.core import FinishReason
 from tunefleet.messages import Submit
@@ -46,14 +47,7 @@ def ask(
     max_tokens: int = 20,
     user_id: str = "alice",
 ) -> Submit:
-    return Submit(
-        request_id=request_id,
-        prompt=prompt,
-        sampling=greedy(max_tokens),
-        adapter=adapter.ref if adapter else None,
-        tenant="acme",
-        user_id=user_id,
-    )
+    return engine_kit.ask(request_id, adapter, prompt, max_tokens, user_id=user_id)
 
 
 def check(stage: Stage, driver: Driver, *works: Submit) -> None:

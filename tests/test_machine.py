@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,18 +18,15 @@ import psutil
 import pytest
 from anyio.from_thread import start_blocking_portal
 
-from engine_kit import Adapter, Oracle, greedy, make_adapter, prepare_model, tiny_model
+from engine_kit import Adapter, Oracle, make_adapter, prepare_model, tiny_model
 from lone_router import options_for
+from machine_kit import LONG, PROMPT, answer, ask, router, said
 from tunefleet.adapters_store.store import AdapterStore
 from tunefleet.config import Options
 from tunefleet.core import AdapterRef, FinishReason, Manifest
 from tunefleet.errors import AdapterLoadFailed, CapacityError, ConfigError
-from tunefleet.messages import Forgotten, HeldAdapter, Progress, Status, Submit
-from tunefleet.runtime.dispatch import Run
+from tunefleet.messages import Forgotten, HeldAdapter, Progress, Status
 from tunefleet.runtime.machine import Machine
-
-PROMPT = (5, 6, 7, 8)
-LONG = 200  # tokens: an answer that is still running when the test acts
 
 
 class World(NamedTuple):
@@ -89,16 +86,6 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Options:
     return options_for(root, max_replicas=3, idle_timeout_s=0.3)
 
 
-@contextlib.asynccontextmanager
-async def router(world: World, options: Options) -> AsyncIterator[Machine]:
-    machine = Machine(options, world.manifest, world.base)
-    await machine.start()
-    try:
-        yield machine
-    finally:
-        await machine.close()
-
-
 async def store_adapter(world: World, options: Options, user_id: str = "ana") -> AdapterRef:
     """Ana has one adapter, everybody else the other."""
     store = AdapterStore.open(options, world.manifest)
@@ -109,14 +96,6 @@ async def store_adapter(world: World, options: Options, user_id: str = "ana") ->
         await store.close()
 
 
-async def answer(machine: Machine, work: Submit) -> list[int]:
-    return await said(machine.submit(work))
-
-
-async def said(run: Run) -> list[int]:
-    return [token async for progress in run for token in progress.tokens]
-
-
 async def answer_in_the_end(machine: Machine) -> list[int]:
     """As a client does that is told to come again."""
     async with asyncio.timeout(30):
@@ -125,10 +104,6 @@ async def answer_in_the_end(machine: Machine) -> list[int]:
                 return await answer(machine, ask("again"))
             except CapacityError as error:
                 await asyncio.sleep(error.retry_after_s)
-
-
-def ask(request_id: str, num_tokens: int = 20, adapter: AdapterRef | None = None) -> Submit:
-    return Submit(request_id=request_id, prompt=PROMPT, sampling=greedy(num_tokens), adapter=adapter)
 
 
 async def until_there(machine: Machine, tiers: dict[str, str]) -> Status:

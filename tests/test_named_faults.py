@@ -10,7 +10,7 @@ import random
 import msgspec
 import pytest
 
-from engine_kit import Adapter, Driver, Stage, digest_of, greedy, make_stage, random_prompt
+from engine_kit import Adapter, Driver, Stage, ask, digest_of, make_stage, random_prompt
 from test_engine import ALL
 from tunefleet.core import FinishReason, SamplingParams
 from tunefleet.messages import Submit
@@ -33,25 +33,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter takes several steps to its slot, as a large one does."""
     monkeypatch.setattr("tunefleet.runtime.engine.SLICE_BYTES", 32_768)
-
-
-def ask(
-    request_id: str,
-    adapter: Adapter | None,
-    prompt: tuple[int, ...],
-    max_tokens: int = 24,
-    *,
-    user_id: str | None = "alice",
-    tenant: str = "acme",
-) -> Submit:
-    return Submit(
-        request_id=request_id,
-        prompt=prompt,
-        sampling=greedy(max_tokens),
-        adapter=adapter.ref if adapter else None,
-        tenant=tenant,
-        user_id=user_id,
-    )
 
 
 def answer(driver: Driver, stage: Stage, work: Submit) -> int:
